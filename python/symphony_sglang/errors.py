@@ -1,0 +1,70 @@
+"""The exceptions that callers may see, each with a stable ``code`` for logs and metrics.
+
+SymphonyError
+├── ConfigError            a flag, variable or file holds a value out of range
+├── UnsupportedError       the combination asked for cannot run, and says which part
+├── IncompatibleSglangError   the installed SGLang is not the one this package extends
+├── TraceError             a trace line cannot be read
+└── StoreError             the page store cannot do what was asked
+    ├── StoreIdentityError    the directory or namespace belongs to something else
+    ├── StoreLockedError      another process has the namespace open
+    └── StoreCapacityError    the bounds asked for cannot hold one segment
+
+Expected outcomes (a miss, a full level) are return values, not exceptions.
+"""
+
+from __future__ import annotations
+
+
+class SymphonyError(Exception):
+    """Base of everything this package raises on purpose."""
+
+    code = "symphony_error"
+
+
+class ConfigError(SymphonyError):
+    """A setting is out of range; the message names the setting, the value and the range."""
+
+    code = "config"
+
+
+class UnsupportedError(SymphonyError):
+    """What was asked for cannot run here; the message names the missing feature."""
+
+    code = "unsupported"
+
+
+class IncompatibleSglangError(SymphonyError):
+    """The installed SGLang lacks a seam that this package stands on."""
+
+    code = "incompatible_sglang"
+
+
+class TraceError(SymphonyError):
+    """A trace file has a line that cannot be read; the message gives file and line number."""
+
+    code = "trace"
+
+
+class StoreError(SymphonyError):
+    """The page store refused; the message gives the directory and the reason."""
+
+    code = "store"
+
+
+class StoreIdentityError(StoreError):
+    """The store's header or namespace does not match what was asked for."""
+
+    code = "store_identity"
+
+
+class StoreLockedError(StoreError):
+    """Another process holds this namespace open."""
+
+    code = "store_locked"
+
+
+class StoreCapacityError(StoreError):
+    """The capacity asked for is smaller than the smallest store that can work."""
+
+    code = "store_capacity"
