@@ -1,4 +1,4 @@
-"""The house rules as a test: sizes, reachability, leftovers. The checks themselves are tested below."""
+"""The house rules as a test: sizes, reachability, leftovers; the checks are tested below."""
 
 from __future__ import annotations
 
@@ -89,7 +89,9 @@ def package_modules() -> dict[str, tuple[str, bool]]:
 
 
 def code_files() -> list[Path]:
-    return sorted(p for top in (PACKAGE, ROOT / "tests", ROOT / "benchmark") for p in top.rglob("*.py"))
+    return sorted(
+        p for top in (PACKAGE, ROOT / "tests", ROOT / "benchmark") for p in top.rglob("*.py")
+    )
 
 
 @pytest.mark.parametrize("path", code_files(), ids=lambda p: str(p.relative_to(ROOT)))

@@ -1,0 +1,230 @@
+"""The settings of this package: one frozen record, from flags, environment, file and defaults.
+
+Every setting has a flag (``--symphony-host-gb``), an environment twin (``SYMPHONY_HOST_GB``) and a
+key in a TOML file (``host_gb``, under ``[symphony]``). A flag beats the environment, which beats
+the file, which beats the default. A value out of range stops the start.
+
+The launcher resolves once and exports the twins, so that every process SGLang spawns reads the same
+values with ``SymphonyConfig.from_environment``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from symphony_sglang.errors import ConfigError
+
+FLAG_PREFIX = "--symphony-"
+ENVIRONMENT_PREFIX = "SYMPHONY_"
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What the command line, the docs and the checks need to know of one field."""
+
+    help: str
+    minimum: float | None = None
+    maximum: float | None = None
+    metavar: str = ""
+
+
+def setting(
+    default: Any,
+    text: str,
+    *,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    metavar: str = "",
+) -> Any:
+    """A dataclass field that carries its own documentation and range."""
+    return field(default=default, metadata={"setting": Setting(text, minimum, maximum, metavar)})
+
+
+@dataclass(frozen=True, slots=True)
+class SymphonyConfig:
+    """All settings of a worker. Sizes are per tensor-parallel rank, in units of 10^9 bytes."""
+
+    off: bool = setting(False, "run stock SGLang: no levels, no routes of ours")
+    host_gb: float = setting(
+        -1.0,
+        "host memory level in GB per rank; -1 sizes it from free memory, 0 turns it off",
+        minimum=-1.0,
+        maximum=65536.0,
+        metavar="GB",
+    )
+
+    def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):
+            check_range(item, getattr(self, item.name))
+        if -1.0 < self.host_gb < 0:
+            raise ConfigError(
+                f"{flag_name('host_gb')} is {self.host_gb:g}; expected -1 (automatic), 0 (off) "
+                "or a size in GB"
+            )
+
+    @classmethod
+    def resolve(
+        cls,
+        flags: Mapping[str, str | bool],
+        environment: Mapping[str, str],
+        file: Path | None = None,
+    ) -> SymphonyConfig:
+        """Merge the sources. `flags` holds only what the command line named, by field name.
+
+        Raises:
+            ConfigError: an unknown key, or a value of the wrong type or out of range.
+        """
+        known = {item.name: item for item in dataclasses.fields(cls)}
+        values: dict[str, Any] = {}
+        for name, value in (read_file(file) if file else {}).items():
+            if name not in known:
+                raise ConfigError(
+                    f"{file}: unknown setting {name!r}; expected one of {', '.join(sorted(known))}"
+                )
+            values[name] = convert(known[name], value, f"{file}: {name}")
+        for name, item in known.items():
+            text = environment.get(environment_name(name))
+            if text is not None:
+                values[name] = convert(item, text, environment_name(name))
+        for name, value in flags.items():
+            values[name] = convert(known[name], value, flag_name(name))
+        return cls(**values)
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] | None = None) -> SymphonyConfig:
+        """What the launcher exported, or what the user's own environment says."""
+        source = os.environ if environment is None else environment
+        path = source.get(f"{ENVIRONMENT_PREFIX}CONFIG")
+        return cls.resolve({}, source, Path(path) if path else None)
+
+    def to_environment(self) -> dict[str, str]:
+        """The twins that make ``from_environment`` give this record again."""
+        return {
+            environment_name(item.name): format_value(getattr(self, item.name))
+            for item in dataclasses.fields(self)
+        }
+
+
+def flag_name(name: str) -> str:
+    """``host_gb`` -> ``--symphony-host-gb``."""
+    return FLAG_PREFIX + name.replace("_", "-")
+
+
+def environment_name(name: str) -> str:
+    """``host_gb`` -> ``SYMPHONY_HOST_GB``."""
+    return ENVIRONMENT_PREFIX + name.upper()
+
+
+def format_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "1" if value else "0"
+    return str(value)
+
+
+def convert(item: dataclasses.Field[Any], value: Any, source: str) -> Any:
+    """`value` as the type of the field's default; `source` names where it came from."""
+    expected = type(item.default)
+    if expected is bool:
+        words = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+        if isinstance(value, bool):
+            return value
+        if str(value).lower() in words:
+            return words[str(value).lower()]
+        raise ConfigError(f"{source} is {value!r}; expected a boolean (1 or 0)")
+    if expected is str:
+        if isinstance(value, str):
+            return value
+        raise ConfigError(f"{source} is {value!r}; expected text")
+    try:
+        if isinstance(value, bool):
+            raise ValueError
+        number = expected(value)
+    except (TypeError, ValueError):
+        kind = "a whole number" if expected is int else "a number"
+        raise ConfigError(f"{source} is {value!r}; expected {kind}{range_text(item)}") from None
+    check_range(item, number, source)
+    return number
+
+
+def check_range(item: dataclasses.Field[Any], value: Any, source: str | None = None) -> None:
+    """Refuse a number outside the field's range, naming the flag, the value and the range."""
+    rule: Setting = item.metadata["setting"]
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return
+    low = -math.inf if rule.minimum is None else rule.minimum
+    high = math.inf if rule.maximum is None else rule.maximum
+    if not low <= value <= high:  # false for NaN too
+        raise ConfigError(
+            f"{source or flag_name(item.name)} is {value:g}; expected a number{range_text(item)}"
+        )
+
+
+def range_text(item: dataclasses.Field[Any]) -> str:
+    rule: Setting = item.metadata["setting"]
+    if rule.minimum is None and rule.maximum is None:
+        return ""
+    if rule.maximum is None:
+        return f" of at least {rule.minimum:g}"
+    return f" from {rule.minimum:g} to {rule.maximum:g}"
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """The ``[symphony]`` table of a TOML file."""
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{FLAG_PREFIX}config {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{FLAG_PREFIX}config {path}: not valid TOML: {error}") from error
+    table = content.get("symphony", {})
+    if not isinstance(table, dict):
+        raise ConfigError(f"{FLAG_PREFIX}config {path}: [symphony] is not a table")
+    return table
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """One flag a setting; only what the user names ends up in the namespace."""
+    group = parser.add_argument_group("symphony", "settings of symphony_sglang")
+    group.add_argument(
+        f"{FLAG_PREFIX}config",
+        metavar="FILE",
+        default=argparse.SUPPRESS,
+        help="TOML file with a [symphony] table; flags and SYMPHONY_* variables beat it",
+    )
+    for item in dataclasses.fields(SymphonyConfig):
+        rule: Setting = item.metadata["setting"]
+        options: dict[str, Any] = {
+            "help": rule.help,
+            "default": argparse.SUPPRESS,
+            "dest": f"symphony_{item.name}",
+        }
+        if isinstance(item.default, bool) and not item.default:
+            group.add_argument(flag_name(item.name), action="store_true", **options)
+        elif isinstance(item.default, bool):
+            options["action"] = argparse.BooleanOptionalAction
+            group.add_argument(flag_name(item.name), **options)
+        else:
+            metavar = rule.metavar or None
+            group.add_argument(flag_name(item.name), metavar=metavar, **options)
+
+
+def from_arguments(
+    namespace: argparse.Namespace, environment: Mapping[str, str]
+) -> tuple[SymphonyConfig, Path | None]:
+    """The resolved record of a namespace that ``add_arguments`` filled, and the file it named."""
+    given = vars(namespace)
+    path = given.get("symphony_config") or environment.get(f"{ENVIRONMENT_PREFIX}CONFIG")
+    file = Path(path) if path else None
+    names = {item.name for item in dataclasses.fields(SymphonyConfig)}
+    flags = {
+        name: given[f"symphony_{name}"] for name in sorted(names) if f"symphony_{name}" in given
+    }
+    return SymphonyConfig.resolve(flags, environment, file), file

@@ -1,0 +1,129 @@
+"""Turns our settings into SGLang's arguments: what the user left open, and nothing they chose."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+from collections.abc import Collection, Sequence
+
+from symphony_sglang.config import SymphonyConfig
+from symphony_sglang.errors import UnsupportedError
+
+GIB = 1 << 30
+# Smaller pages waste less at a prefix's end; larger ones move with fewer operations. SGLang's
+# tiered-cache guides use 64 on GPUs; on CPUs copies are cheap to issue.
+PAGE_SIZE_CPU = 16
+PAGE_SIZE_GPU = 64
+# Decided once, here: ranks that measured free memory themselves would size their levels apart.
+AUTOMATIC_HOST_GB_VARIABLE = "SYMPHONY_AUTOMATIC_HOST_GB"
+# SGLang refuses to size a pinned pool into the last 10 GiB (pool_host/base.py:31).
+GPU_RESERVE_BYTES = 10 * GIB
+
+logger = logging.getLogger(__name__)
+
+
+def explicit_flags(argv: Sequence[str]) -> set[str]:
+    """Names of the ``ServerArgs`` fields that `argv` sets, in whatever spelling argparse takes."""
+    from sglang.srt.server_args import ServerArgs
+
+    parser = argparse.ArgumentParser(add_help=False)
+    ServerArgs.add_cli_args(parser)
+    if "--config" in argv:
+        from sglang.srt.utils.server_args_config_parser import ConfigArgumentMerger
+
+        argv = ConfigArgumentMerger(parser).merge_config_with_args(list(argv))
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+        action.required = False
+    namespace, _ = parser.parse_known_args(list(argv))
+    return set(vars(namespace))
+
+
+def host_level_gb(config: SymphonyConfig, *, free_bytes: int, ranks: int, on_cpu: bool) -> float:
+    """GB of host level per rank: what was asked for, or a bounded share of free memory.
+
+    On a CPU machine the device level is memory too, so the share is smaller.
+    """
+    if config.host_gb >= 0:
+        return config.host_gb
+    if on_cpu:
+        share, floor, ceiling = 0.15 * free_bytes, 0.25, 4.0
+    else:
+        share, floor, ceiling = 0.5 * max(free_bytes - GPU_RESERVE_BYTES, 0), 1.0, 256.0
+    return round(min(max(share / ranks / 1e9, floor), ceiling), 2)
+
+
+def level_arguments(explicit: Collection[str], *, host_gb: float, on_cpu: bool) -> list[str]:
+    """The SGLang arguments that turn the levels on, for the fields that `explicit` lacks."""
+    wanted: list[tuple[str, list[str]]] = [
+        ("radix_cache_backend", ["--radix-cache-backend", "symphony"]),
+        ("enable_cache_report", ["--enable-cache-report"]),
+        ("page_size", ["--page-size", str(PAGE_SIZE_CPU if on_cpu else PAGE_SIZE_GPU)]),
+    ]
+    if host_gb > 0:
+        wanted += [
+            ("enable_hierarchical_cache", ["--enable-hierarchical-cache"]),
+            ("hicache_write_policy", ["--hicache-write-policy", "write_through"]),
+            ("hicache_mem_layout", ["--hicache-mem-layout", "page_first_direct"]),
+            ("hicache_io_backend", ["--hicache-io-backend", "direct"]),
+        ]
+        if not on_cpu and not {"hicache_size", "hicache_ratio"} & set(explicit):
+            wanted.append(("hicache_size", ["--hicache-size", str(max(1, round(host_gb)))]))
+    return [word for field, words in wanted if field not in explicit for word in words]
+
+
+def complete_arguments(argv: Sequence[str], config: SymphonyConfig) -> list[str]:
+    """`argv` with the levels on, and the settings exported to the processes SGLang will spawn.
+
+    Raises:
+        UnsupportedError: an argument that our cache cannot serve, by name.
+    """
+    from symphony_sglang.platform import FORCE_CPU_VARIABLE, accelerator_present
+
+    on_cpu = os.environ.get(FORCE_CPU_VARIABLE) == "1" or not accelerator_present()
+    os.environ.update(config.to_environment())
+    explicit = explicit_flags(argv)
+    completed = list(argv)
+    if on_cpu:
+        if "device" not in explicit:
+            completed += ["--device", "cpu"]
+        logger.info(
+            "CPU: portable torch platform, %d cores, own attention backend, no overlap schedule",
+            len(os.sched_getaffinity(0)),
+        )
+    if config.off or "disable_radix_cache" in explicit:
+        return completed
+    namespace = read_fields(argv, ("tp_size", "dp_size", "tokenizer_worker_num"))
+    if namespace["tokenizer_worker_num"] > 1:
+        raise UnsupportedError(
+            f"--tokenizer-worker-num {namespace['tokenizer_worker_num']}: the /symphony routes "
+            "live in one HTTP process; leave it at 1, or run stock SGLang with --symphony-off"
+        )
+    import psutil
+
+    host_gb = host_level_gb(
+        config,
+        free_bytes=psutil.virtual_memory().available,
+        ranks=namespace["tp_size"] * namespace["dp_size"],
+        on_cpu=on_cpu,
+    )
+    if config.host_gb < 0 and {"hicache_size", "hicache_ratio"} & explicit:
+        logger.info("host level: sized by SGLang's --hicache-size/--hicache-ratio")
+    else:
+        os.environ["SYMPHONY_HOST_GB"] = str(config.host_gb)
+        os.environ[AUTOMATIC_HOST_GB_VARIABLE] = str(host_gb)
+        logger.info("host level: %.2f GB per rank", host_gb)
+    return completed + level_arguments(explicit, host_gb=host_gb, on_cpu=on_cpu)
+
+
+def read_fields(argv: Sequence[str], names: Sequence[str]) -> dict[str, int]:
+    """Integer fields of ``ServerArgs`` as `argv` sets them, else SGLang's defaults."""
+    from sglang.srt.server_args import ServerArgs
+
+    parser = argparse.ArgumentParser(add_help=False)
+    ServerArgs.add_cli_args(parser)
+    for action in parser._actions:
+        action.required = False
+    namespace, _ = parser.parse_known_args(list(argv))
+    return {name: int(getattr(namespace, name)) for name in names}
