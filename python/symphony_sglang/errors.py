@@ -5,10 +5,15 @@ SymphonyError
 ├── UnsupportedError       the combination asked for cannot run, and says which part
 ├── IncompatibleSglangError   the installed SGLang is not the one this package extends
 ├── TraceError             a trace line cannot be read
+├── ServerUnavailableError a server did not come up, or stopped answering
+├── HintError              a hint's body is malformed; `.field` names where
+├── IllegalTransitionError    an event that the state machine does not list for that state
+├── SessionRecordError     a stored session record is damaged or of another version
 └── StoreError             the page store cannot do what was asked
     ├── StoreIdentityError    the directory or namespace belongs to something else
     ├── StoreLockedError      another process has the namespace open
-    └── StoreCapacityError    the bounds asked for cannot hold one segment
+    ├── StoreCapacityError    the bounds asked for cannot hold one segment
+    └── StoreKeyError         a page key is not a digest (also a ValueError)
 
 Expected outcomes (a miss, a full level) are return values, not exceptions.
 """
@@ -46,6 +51,28 @@ class TraceError(SymphonyError):
     code = "trace"
 
 
+class HintError(SymphonyError):
+    """A hint cannot be read. `field` is a path in the body, as in ``actions[0].payload.text``."""
+
+    code = "hint"
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(f"{field}: {problem}")
+        self.field = field
+
+
+class IllegalTransitionError(SymphonyError):
+    """A state machine was sent an event that its table does not list: a fault of the caller."""
+
+    code = "illegal_transition"
+
+
+class SessionRecordError(SymphonyError):
+    """A serialised session record fails its checksum, its version or its lengths."""
+
+    code = "session_record"
+
+
 class StoreError(SymphonyError):
     """The page store refused; the message gives the directory and the reason."""
 
@@ -68,3 +95,15 @@ class StoreCapacityError(StoreError):
     """The capacity asked for is smaller than the smallest store that can work."""
 
     code = "store_capacity"
+
+
+class StoreKeyError(StoreError, ValueError):
+    """A page key is not a 32-byte digest; the message gives its start."""
+
+    code = "store_key"
+
+
+class ServerUnavailableError(SymphonyError):
+    """A server did not come up, or stopped answering; the message gives its address and last words."""
+
+    code = "server_unavailable"

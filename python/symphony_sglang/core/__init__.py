@@ -1,0 +1,1 @@
+"""What decides: pure, synchronous code; time, chance and I/O come in as arguments."""

@@ -1,0 +1,186 @@
+"""The break-even gate, caller budgets and the outcome ledger."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from symphony_sglang.core.budget import CallerBudget, CallerLimits, Refusal
+from symphony_sglang.core.gate import (
+    OPEN_GATE,
+    EstimatorLimits,
+    Gate,
+    GateReason,
+    GateSnapshot,
+    Rate,
+    RateEstimator,
+)
+from symphony_sglang.core.ledger import Histogram, OutcomeLedger
+from symphony_sglang.core.levels import Hop, Level
+from symphony_sglang.core.lifecycle import Ended, Kind, State, Status
+
+SNAPSHOT = GateSnapshot(
+    nvme_to_host=Rate(20_000, 0.010), host_to_device=Rate(200_000, 0.001), prefill=Rate(10_000)
+)
+
+
+def test_the_gate_compares_the_sum_of_hops_with_recompute():
+    decision = SNAPSHOT.worth_loading(Level.NVME, 2000)
+    assert decision.use
+    assert decision.load_seconds == pytest.approx(0.010 + 0.1 + 0.001 + 0.01)
+    assert decision.recompute_seconds == pytest.approx(0.2)
+    short = SNAPSHOT.worth_loading(Level.NVME, 100)
+    assert (short.use, short.reason) == (False, GateReason.SLOWER), "latency eats a short one"
+    assert SNAPSHOT.worth_loading(Level.HOST, 100).use
+
+
+def test_what_was_never_measured_is_used():
+    for level in (Level.NVME, Level.HOST, Level.PEER):
+        decision = OPEN_GATE.worth_loading(level, 1000)
+        assert (decision.use, decision.reason) == (True, GateReason.UNMEASURED)
+    assert SNAPSHOT.worth_loading(Level.DEVICE, 1000).reason is GateReason.RESIDENT
+
+
+def test_the_margin_tolerates_a_slower_load():
+    gate = Gate({Hop.HOST_TO_DEVICE: Rate(90)}, Rate(100))
+    assert not gate.snapshot().worth_loading(Level.HOST, 1000).use
+    lenient = Gate({Hop.HOST_TO_DEVICE: Rate(90)}, Rate(100), margin=1.2)
+    assert lenient.snapshot().worth_loading(Level.HOST, 1000).use
+
+
+def test_a_disk_that_gets_slow_is_found_out_and_forgiven():
+    gate = Gate({Hop.NVME_TO_HOST: Rate(20_000), Hop.HOST_TO_DEVICE: Rate(1e6)}, Rate(10_000))
+    assert gate.snapshot().worth_loading(Level.NVME, 5000).use
+    for _ in range(20):
+        gate.transferred(Hop.NVME_TO_HOST, 1000, 0.5)
+    assert not gate.snapshot().worth_loading(Level.NVME, 5000).use
+    for _ in range(40):
+        gate.transferred(Hop.NVME_TO_HOST, 1000, 0.05)
+    assert gate.snapshot().worth_loading(Level.NVME, 5000).use
+    for _ in range(40):
+        gate.prefilled(1000, 0.01)
+    assert not gate.snapshot().worth_loading(Level.NVME, 5000).use
+    gate.check()
+
+
+def test_one_outlier_moves_the_estimate_by_a_bounded_step():
+    limits = EstimatorLimits(weight=0.2, step_max=4.0)
+    estimator = RateEstimator(Rate(1000), limits)
+    estimator.add(1000, 1e6)
+    assert 1000 / estimator.rate().tokens_per_second == pytest.approx(1 + 0.2 * 3)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.lists(st.tuples(st.integers(-5, 10**9), st.floats(allow_nan=True, allow_infinity=True))))
+def test_no_sequence_of_samples_breaks_an_estimate(samples):
+    estimator, twin = RateEstimator(Rate(1000, 0.01)), RateEstimator(Rate(1000, 0.01))
+    for tokens, seconds in samples:
+        assert estimator.add(tokens, seconds) == twin.add(tokens, seconds)
+        assert estimator.rate() == twin.rate()
+        estimator.check()
+    assert estimator.samples + estimator.ignored == len(samples)
+
+
+def test_a_caller_may_burst_and_then_goes_at_its_rate():
+    budget = CallerBudget(CallerLimits(rate_per_second=10, burst=5))
+    assert all(budget.admit("c", 0.0).allowed for _ in range(5))
+    refused = budget.admit("c", 0.0)
+    assert (refused.allowed, refused.refusal) == (False, Refusal.RATE)
+    assert refused.retry_after_seconds == pytest.approx(0.1)
+    assert budget.admit("c", refused.retry_after_seconds).allowed
+    assert not budget.admit("c", refused.retry_after_seconds).allowed
+    assert budget.admit("other", 0.0).allowed, "callers do not share"
+    assert math.isinf(budget.admit("c", 100.0, count=6).retry_after_seconds)
+    assert not budget.admit("d", 0.0, count=6).allowed
+    assert budget.admit("d", 0.0, count=5).allowed, "a refusal costs nothing"
+    budget.check()
+
+
+def test_a_clock_that_stands_still_or_goes_back_gives_no_credit():
+    budget = CallerBudget(CallerLimits(rate_per_second=10, burst=1))
+    assert budget.admit("c", 5.0).allowed
+    assert not budget.admit("c", 1.0).allowed
+    assert not budget.admit("c", 5.0).allowed
+    budget.check()
+
+
+def test_tokens_in_flight_hold_a_caller_back_until_they_end():
+    budget = CallerBudget(CallerLimits(tokens_in_flight_max=100))
+    budget.started("c", 100, 0.0)
+    assert budget.admit("c", 0.0).refusal is Refusal.TOKENS
+    budget.ended("c", 60)
+    assert budget.admit("c", 0.0).allowed
+    budget.ended("c", 60)
+    assert budget.tokens_in_flight("c") == 0
+
+
+def test_callers_are_bounded_and_the_idle_go_first():
+    budget = CallerBudget(CallerLimits(callers_max=2))
+    budget.started("busy", 1, 0.0)
+    budget.admit("idle", 0.0)
+    assert budget.admit("new", 0.0).allowed
+    budget.started("new", 1, 0.0)
+    assert budget.admit("third", 0.0).refusal is Refusal.CALLERS
+    budget.check()
+
+
+def end(advisory_id: str, state: State, moved: int = 0, ready: float | None = None) -> Ended:
+    return Ended(advisory_id, state, Kind.PREFETCH, "c", 100, moved, 2.0, ready)
+
+
+def test_outcomes_are_counted_with_their_lead_times():
+    ledger = OutcomeLedger()
+    ledger.received(Status.ACCEPTED)
+    ledger.ended(end("a", State.USED, 50, 0.3))
+    ledger.ended(end("b", State.WASTED, 70))
+    ledger.moved(Hop.NVME_TO_HOST, 5, 500)
+    body = ledger.as_json(0.0)
+    assert (body["outcomes"]["used"], body["outcomes"]["wasted"]) == (1, 1)
+    assert body["wasted_tokens"] == 70
+    assert body["moved_bytes"] == {"nvme_to_host": 500, "host_to_device": 0}
+    assert (ledger.lead_seconds.total, ledger.ready_seconds.sum) == (1, 0.3)
+    ledger.check()
+
+
+def test_a_page_asked_for_before_the_advisory_was_used_is_harm():
+    ledger = OutcomeLedger()
+    ledger.evicted("a", ["p1", "p2"])
+    ledger.evicted("b", ["p3"])
+    assert ledger.asked(["p1", "x"]) == 1
+    assert ledger.asked(["p1"]) == 0, "it is back now"
+    assert ledger.asked(["p2"]) == 1
+    assert (ledger.harmful, ledger.harmful_pages) == (1, 2), "one advisory, two pages"
+    ledger.ended(end("b", State.USED))
+    assert ledger.asked(["p3"]) == 0, "its own use came first"
+    ledger.check()
+
+
+def test_ghosts_are_bounded_and_die_with_the_cache():
+    ledger = OutcomeLedger(ghosts_max=10)
+    for number in range(100):
+        ledger.evicted(f"a{number % 3}", [f"p{number}"])
+        ledger.check()
+    assert ledger.asked(["p0", "p89"]) == 0
+    assert ledger.asked(["p90"]) == 1
+    ledger.flushed()
+    assert ledger.asked(["p99"]) == 0
+    ledger.check()
+
+
+def test_held_memory_is_integrated_over_time():
+    ledger = OutcomeLedger()
+    ledger.held(Level.DEVICE, 100, 10.0)
+    ledger.held(Level.DEVICE, 50, 12.0)
+    assert ledger.held_token_seconds(Level.DEVICE, 14.0) == 100 * 2 + 50 * 2
+    assert ledger.held_token_seconds(Level.HOST, 14.0) == 0
+
+
+def test_histogram_puts_a_value_below_its_bound():
+    histogram = Histogram((1.0, 2.0))
+    for value in (0.5, 1.0, 1.5, 9.0):
+        histogram.add(value)
+    assert histogram.counts == [2, 1, 1]
+    assert (histogram.total, histogram.sum) == (4, 12.0)
