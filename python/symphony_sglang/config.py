@@ -61,6 +61,28 @@ class SymphonyConfig:
         metavar="GB",
     )
 
+    protect_device: float = setting(
+        0.3,
+        "share of the device level that advisories may protect from eviction",
+        minimum=0.0,
+        maximum=0.9,
+        metavar="SHARE",
+    )
+    protect_host: float = setting(
+        0.5,
+        "share of the host level that advisories may protect from eviction",
+        minimum=0.0,
+        maximum=0.9,
+        metavar="SHARE",
+    )
+    advise_rate: float = setting(
+        200.0,
+        "advisories a second that one caller may send on average; beyond it callers get 429",
+        minimum=0.1,
+        maximum=1e6,
+        metavar="RATE",
+    )
+
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
             check_range(item, getattr(self, item.name))
@@ -131,7 +153,7 @@ def format_value(value: Any) -> str:
 
 def convert(item: dataclasses.Field[Any], value: Any, source: str) -> Any:
     """`value` as the type of the field's default; `source` names where it came from."""
-    expected = type(item.default)
+    expected: Any = type(item.default)
     if expected is bool:
         words = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
         if isinstance(value, bool):

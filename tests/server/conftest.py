@@ -17,8 +17,12 @@ from typing import Any
 
 import pytest
 
+from symphony_sglang.platform.torchvision_ops import define_missing_torchvision_ops
 from symphony_sglang.workload.tiny_model import make_tiny_model
 from symphony_sglang.workload.worker_process import WorkerProcess, free_port
+
+# Tests use transformers and SGLang's kits in this process too.
+define_missing_torchvision_ops()
 
 PAGE_SIZE = 16
 DEVICE_TOKENS = 8192

@@ -6,7 +6,7 @@ from typing import Any
 
 import openai
 import pytest
-from conftest import PAGE_SIZE, Server, cached
+from conftest import PAGE_SIZE, VOCAB, Server, cached
 
 pytestmark = pytest.mark.server
 
@@ -94,12 +94,11 @@ def test_constrained_output_follows_its_pattern(worker: Server) -> None:
     ("body", "raw"),
     [
         pytest.param({}, None, id="neither text nor ids"),
-        pytest.param({"text": "a", "input_ids": [1]}, None, id="both"),
         pytest.param({"text": "a", "sampling_params": {"top_p": 5}}, None, id="top_p of 5"),
-        pytest.param({"text": ["a", "b"], "sampling_params": [{}]}, None, id="lengths differ"),
         pytest.param(None, b"{not json", id="not JSON"),
         pytest.param({"input_ids": "abc"}, None, id="ids that are text"),
-        pytest.param({"input_ids": [10**9]}, None, id="id beyond the vocabulary"),
+        pytest.param({"input_ids": [VOCAB]}, None, id="id beyond the vocabulary"),
+        pytest.param({"input_ids": [[300], [-1]]}, None, id="negative id in a batch"),
         pytest.param(
             {"text": "a", "sampling_params": {"max_new_tokens": -1}}, None, id="negative length"
         ),

@@ -17,7 +17,8 @@ SGLANG_VERSION = "0.5.23"
 # Targets of hooks that we register; each must have been applied before the cache is built.
 DISPATCHER_HOOK = "sglang.srt.managers.scheduler.Scheduler.init_request_dispatcher"
 SCHEDULER_START_HOOK = "sglang.srt.managers.scheduler.Scheduler.__init__"
-REQUIRED_HOOKS = (DISPATCHER_HOOK, SCHEDULER_START_HOOK)
+CLOCK_HOOK = "sglang.srt.managers.scheduler.Scheduler._poll_timeout_aborts"
+REQUIRED_HOOKS = (DISPATCHER_HOOK, SCHEDULER_START_HOOK, CLOCK_HOOK)
 
 
 def check_version() -> None:
@@ -60,8 +61,12 @@ def check_seams() -> None:
     check_version()
     require_attributes(
         UnifiedRadixCache,
+        "_finish_storage_prefetch",
+        "_log_write_ack_metrics",
+        "_resolve_storage_prefetch_tokens",
         "check_hicache_events",
         "checkpoint_into_tree",
+        "evict_for_alloc",
         "load_back",
         "match_prefix",
         "prefetch_from_storage",
@@ -69,7 +74,9 @@ def check_seams() -> None:
         "reset",
         "take_events",
     )
-    require_attributes(Scheduler, "init_request_dispatcher", "process_input_requests")
+    require_attributes(
+        Scheduler, "init_request_dispatcher", "process_input_requests", "_poll_timeout_aborts"
+    )
     require_attributes(
         MHATokenToKVPoolHost,
         "backup_from_device_all_layer",

@@ -16,12 +16,49 @@ class ResidencyRequest(BaseReq):
     """Ask each scheduler how full its levels are."""
 
 
+class AdvisoryAction(msgspec.Struct, frozen=True, kw_only=True):
+    """One hint, parsed and tokenized. `verb` is an ``ActionType`` value, ``forget`` or a query.
+
+    `token_bytes` is a prefix as little-endian int32, None where the session names it.
+    """
+
+    verb: str
+    advisory_id: str = ""
+    action_id: str | None = None
+    session_id: str | None = None
+    token_bytes: bytes | None = None
+    extra_key: str | None = None
+    cache_salt: str | None = None
+    target: str = "device"
+    expected_in_seconds: float | None = None
+    expires_in_seconds: float = 60.0
+    priority: int = 0
+    caller: str = ""
+    reason: str = ""
+
+
+class AdvisoryBatch(BaseReq):
+    """Hints and questions of many callers, in order of arrival.
+
+    `sent_seconds` is the HTTP process's monotonic clock, which on one machine is rank 0's too.
+    """
+
+    actions: list[AdvisoryAction]
+    sent_seconds: float
+
+
+class AdvisoryTick(BaseReq):
+    """Rank 0's clock, for every rank: nothing decides by a clock of its own."""
+
+    now_seconds: float
+
+
 class ControlReply(BaseReq):
     """The answer of one data-parallel rank; `body` is JSON-ready."""
 
     body: dict[str, Any] = msgspec.field(default_factory=dict)
 
 
-REQUEST_TYPES: tuple[type[BaseReq], ...] = (ResidencyRequest,)
+REQUEST_TYPES: tuple[type[BaseReq], ...] = (ResidencyRequest, AdvisoryBatch, AdvisoryTick)
 REPLY_TYPES: tuple[type[BaseReq], ...] = (ControlReply,)
 COMMUNICATOR_NAME = "symphony"

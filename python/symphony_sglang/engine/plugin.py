@@ -26,6 +26,7 @@ def register() -> None:
     if multiprocessing.parent_process() is None:
         _register_replies()
         _register_routes()
+        _register_request_hooks()
 
 
 def _register_attention_choice() -> None:
@@ -52,9 +53,10 @@ def _register_cache() -> None:
 def _register_hooks() -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from symphony_sglang.engine.control import attach_control
+    from symphony_sglang.engine.control import append_tick, attach_control
 
     HookRegistry.register(compat.DISPATCHER_HOOK, attach_control, HookType.AFTER)
+    HookRegistry.register(compat.CLOCK_HOOK, append_tick, HookType.AFTER)
     HookRegistry.register(compat.SCHEDULER_START_HOOK, _bind_rank, HookType.BEFORE)
 
 
@@ -75,6 +77,16 @@ def _register_routes() -> None:
 
     router.route_class = http_server.ORJSONRoute
     http_server.app.include_router(router)
+
+
+def _register_request_hooks() -> None:
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    from symphony_sglang.engine import request_hooks
+
+    HookRegistry.register(
+        request_hooks.VALIDATE_HOOK, request_hooks.check_token_ids, HookType.BEFORE
+    )
 
 
 def _bind_rank(_scheduler: Any, *args: Any, **kwargs: Any) -> None:

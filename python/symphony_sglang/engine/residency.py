@@ -70,5 +70,8 @@ def residency(cache: Any) -> dict[str, Any]:
             "device": device_use(cache).as_json(),
             "host": None if host is None else host.as_json(),
         },
-        "counters": cache.level_counters.as_json(),
+        "counters": {
+            **cache.level_counters.as_json(),
+            "advisories": None if cache.advisories is None else cache.advisories.counters(),
+        },
     }

@@ -1,15 +1,38 @@
-"""The ``/symphony/*`` routes of a worker, added to SGLang's own HTTP application."""
+"""The ``/symphony/*`` routes of a worker, added to SGLang's own HTTP application.
+
+With ``--api-key`` set, SGLang's middleware guards these routes like all others.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import math
 from typing import Any
 
-from fastapi import APIRouter, HTTPException
+import orjson
+from fastapi import APIRouter, HTTPException, Request
+from fastapi.responses import ORJSONResponse
 from sglang.srt.utils.auth import AuthLevel, auth_level
 
-from symphony_sglang.engine.messages import COMMUNICATOR_NAME, ControlReply, ResidencyRequest
+from symphony_sglang.clock import SystemClock
+from symphony_sglang.config import SymphonyConfig
+from symphony_sglang.core import hints
+from symphony_sglang.core.budget import CallerBudget, CallerLimits
+from symphony_sglang.engine.advise import AdviseService
+from symphony_sglang.engine.gateway import GatewayFullError
+from symphony_sglang.engine.messages import (
+    COMMUNICATOR_NAME,
+    AdvisoryAction,
+    ControlReply,
+    ResidencyRequest,
+)
+from symphony_sglang.errors import HintError, UnsupportedError
 
 router = APIRouter(prefix="/symphony", tags=["symphony"])
+clock = SystemClock()
+
+# The largest body that is read at all: input_ids of the longest allowed prefix, in decimal.
+BODY_BYTES_MAX = 16 << 20
 
 
 def tokenizer_manager() -> Any:
@@ -19,13 +42,30 @@ def tokenizer_manager() -> Any:
     return get_global_state().tokenizer_manager
 
 
-async def ask_schedulers(request: Any) -> list[dict[str, Any]]:
-    """Send `request` to every data-parallel rank and collect the answers."""
-    manager = tokenizer_manager()
-    manager.auto_create_handle_loop()
-    communicator = getattr(manager, f"{COMMUNICATOR_NAME}_communicator")
-    replies: list[ControlReply] = await communicator(request)
-    return [reply.body for reply in replies]
+def service(request: Request) -> AdviseService:
+    """This process's service, made at its first use, when SGLang's own parts are up."""
+    found = getattr(request.app.state, "symphony_advise", None)
+    if found is None:
+        found = AdviseService(tokenizer_manager(), request.app)
+        request.app.state.symphony_advise = found
+    return found
+
+
+def budget(request: Request) -> CallerBudget:
+    found = getattr(request.app.state, "symphony_budget", None)
+    if found is None:
+        rate = SymphonyConfig.from_environment().advise_rate
+        found = CallerBudget(CallerLimits(rate_per_second=rate, burst=max(1.0, 2 * rate)))
+        request.app.state.symphony_budget = found
+    return found
+
+
+def caller_of(request: Request) -> str:
+    """Whom to charge: the key where there is one, else the address. No key is stored."""
+    key = request.headers.get("authorization")
+    if key:
+        return hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
+    return request.client.host if request.client else ""
 
 
 def require_our_cache() -> None:
@@ -36,10 +76,112 @@ def require_our_cache() -> None:
         raise HTTPException(404, "this server runs without --radix-cache-backend symphony")
 
 
+async def read_body(request: Request) -> Any:
+    """The decoded JSON body, or a 4xx that says what is wrong with it."""
+    length = request.headers.get("content-length", "0")
+    if length.isdecimal() and int(length) > BODY_BYTES_MAX:
+        raise HTTPException(413, f"body of {length} bytes; expected at most {BODY_BYTES_MAX}")
+    content = bytearray()
+    async for chunk in request.stream():
+        content += chunk
+        if len(content) > BODY_BYTES_MAX:
+            raise HTTPException(413, f"body over {BODY_BYTES_MAX} bytes")
+    try:
+        return orjson.loads(bytes(content))
+    except orjson.JSONDecodeError as error:
+        raise HTTPException(400, f"body: not JSON: {error}") from error
+
+
+async def submit(request: Request, action: AdvisoryAction) -> dict[str, Any]:
+    try:
+        return await service(request).submit(action)
+    except GatewayFullError as error:
+        raise HTTPException(429, str(error), {"Retry-After": "1"}) from error
+    except UnsupportedError as error:
+        raise HTTPException(409, str(error)) from error
+
+
 @router.get("/residency")
 @auth_level(AuthLevel.NORMAL)
 async def get_residency() -> dict[str, Any]:
     """Used and total tokens and bytes of every level, with counters, per data-parallel rank."""
     require_our_cache()
-    ranks = await ask_schedulers(ResidencyRequest())
+    manager = tokenizer_manager()
+    manager.auto_create_handle_loop()
+    communicator = getattr(manager, f"{COMMUNICATOR_NAME}_communicator")
+    replies: list[ControlReply] = await communicator(ResidencyRequest())
+    ranks = [reply.body for reply in replies]
     return {**ranks[0], "ranks": ranks} if len(ranks) > 1 else ranks[0]
+
+
+@router.post("/advise")
+@auth_level(AuthLevel.NORMAL)
+async def post_advise(request: Request) -> ORJSONResponse:
+    """Take one hint or an envelope of hints; 202 with a receipt for each."""
+    require_our_cache()
+    body = await read_body(request)
+    try:
+        message = hints.parse_advise(body)
+        count = max(1, len(message.hints))
+        caller = caller_of(request)
+        admission = budget(request).admit(caller, clock.monotonic(), count=count)
+        if not admission.allowed:
+            wait = admission.retry_after_seconds
+            seconds = 1 if math.isinf(wait) else max(1, math.ceil(wait))
+            raise HTTPException(
+                429,
+                f"over the caller's budget of advisories ({admission.refusal})",
+                {"Retry-After": str(seconds)},
+            )
+        answer = await service(request).advise(message, caller)
+    except HintError as error:
+        raise HTTPException(400, str(error)) from error
+    except GatewayFullError as error:
+        raise HTTPException(429, str(error), {"Retry-After": "1"}) from error
+    except UnsupportedError as error:
+        raise HTTPException(409, str(error)) from error
+    return ORJSONResponse(answer, 202)
+
+
+@router.get("/advisories/{advisory_id}")
+@auth_level(AuthLevel.NORMAL)
+async def get_advisory(advisory_id: str, request: Request) -> dict[str, Any]:
+    """A receipt with its life so far."""
+    require_our_cache()
+    answer = await submit(request, AdvisoryAction(verb="receipt", advisory_id=advisory_id))
+    if not answer:
+        raise HTTPException(404, f"advisory {advisory_id[:256]!r} is not known")
+    return answer
+
+
+@router.delete("/advisories/{advisory_id}")
+@auth_level(AuthLevel.NORMAL)
+async def delete_advisory(advisory_id: str, request: Request) -> dict[str, Any]:
+    """Cancel; of one that already ended, the receipt as it is."""
+    require_our_cache()
+    answer = await submit(request, AdvisoryAction(verb="cancel", advisory_id=advisory_id))
+    if not answer:
+        raise HTTPException(404, f"advisory {advisory_id[:256]!r} is not known")
+    return answer
+
+
+@router.get("/sessions/{session_id:path}")
+@auth_level(AuthLevel.NORMAL)
+async def get_session(session_id: str, request: Request) -> dict[str, Any]:
+    """Where a session's tokens are, and its live advisories."""
+    require_our_cache()
+    answer = await submit(request, AdvisoryAction(verb="session", session_id=session_id))
+    if not answer:
+        raise HTTPException(404, f"session {session_id[:256]!r} is not known")
+    return answer
+
+
+@router.delete("/sessions/{session_id:path}")
+@auth_level(AuthLevel.NORMAL)
+async def delete_session(session_id: str, request: Request) -> dict[str, Any]:
+    """The session is over: forget it, and let its memory go."""
+    require_our_cache()
+    answer = await submit(request, AdvisoryAction(verb="release", session_id=session_id))
+    if answer.get("status") == "missing":
+        raise HTTPException(404, f"session {session_id[:256]!r} is not known")
+    return answer

@@ -40,6 +40,9 @@ class PortableTorchPlatform(CpuDeviceMixin, SRTPlatform):
         # Overlap hides launch latency behind device streams, which a CPU does not have.
         server_args.disable_overlap_schedule = True
         server_args.disable_custom_all_reduce = True
+        # An idle scheduler that polls takes a core from the HTTP process and from other workers.
+        # It sleeps on its sockets only when nothing runs and no transfer is under way.
+        server_args.sleep_on_idle = True
         export_core_shares(server_args.tp_size * server_args.pp_size * server_args.dp_size)
 
     def get_default_attention_backend(self) -> str:

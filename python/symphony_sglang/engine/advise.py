@@ -1,0 +1,167 @@
+"""From a hint's HTTP body to what the schedulers understand, and back to a receipt."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from typing import Any
+
+from symphony_sglang.clock import Clock, SystemClock
+from symphony_sglang.core import hints
+from symphony_sglang.core.prefix import pack_tokens
+from symphony_sglang.engine.gateway import Gateway
+from symphony_sglang.engine.messages import (
+    COMMUNICATOR_NAME,
+    AdvisoryAction,
+    AdvisoryBatch,
+    ControlReply,
+)
+from symphony_sglang.errors import HintError, UnsupportedError
+
+
+class AdviseService:
+    """The HTTP process's side of advisories, one a process."""
+
+    def __init__(self, manager: Any, app: Any, *, clock: Clock | None = None) -> None:
+        self._manager = manager
+        self._app = app
+        self._clock = clock or SystemClock()
+        self._gateway = Gateway(self._ask)
+
+    async def _ask(self, actions: list[AdvisoryAction]) -> list[dict[str, Any]]:
+        self._manager.auto_create_handle_loop()
+        communicator = getattr(self._manager, f"{COMMUNICATOR_NAME}_communicator")
+        batch = AdvisoryBatch(actions=actions, sent_seconds=self._clock.monotonic())
+        replies: list[ControlReply] = await communicator(batch)
+        if "error" in replies[0].body:
+            raise UnsupportedError(replies[0].body["error"])
+        # Data-parallel ranks keep sessions of their own: the one that knows this one answers.
+        return [
+            merge_answers(answers)
+            for answers in zip(*(r.body["answers"] for r in replies), strict=True)
+        ]
+
+    async def submit(self, action: AdvisoryAction) -> dict[str, Any]:
+        """The answer of the schedulers, ``{}`` for what they do not know."""
+        answer: dict[str, Any] = await self._gateway.submit(action)
+        return answer
+
+    async def advise(self, message: hints.HintMessage, caller: str) -> dict[str, Any]:
+        """Carry out a parsed message; the body of the 202.
+
+        Raises:
+            HintError: messages that the chat template refuses.
+        """
+        actions = [await self.action(hint, caller) for hint in message.hints]
+        answers = await asyncio.gather(*(self.submit(action) for action in actions))
+        return {
+            "message_id": message.message_id or f"msg-{uuid.uuid4().hex}",
+            "receipts": [
+                answer or not_found(action) for action, answer in zip(actions, answers, strict=True)
+            ],
+        }
+
+    async def action(self, hint: hints.Hint, caller: str) -> AdvisoryAction:
+        """One hint with its prefix tokenized; text and messages leave the event loop for that."""
+        common: dict[str, Any] = {"action_id": hint.action_id, "caller": caller}
+        match hint.action:
+            case hints.Prefetch() as prefetch:
+                return AdvisoryAction(
+                    verb="prefetch",
+                    advisory_id=new_advisory_id(),
+                    target=prefetch.target.value,
+                    expected_in_seconds=prefetch.expected_in_seconds,
+                    expires_in_seconds=prefetch.expires_in_seconds,
+                    priority=prefetch.priority,
+                    **await self.prefix(prefetch.selector),
+                    **common,
+                )
+            case hints.Retain() as retain:
+                return AdvisoryAction(
+                    verb="retain",
+                    advisory_id=new_advisory_id(),
+                    target=retain.target.value,
+                    expires_in_seconds=retain.expires_in_seconds,
+                    priority=retain.priority,
+                    **await self.prefix(retain.selector),
+                    **common,
+                )
+            case hints.Cancel(advisory_id=str() as advisory_id):
+                return AdvisoryAction(verb="cancel", advisory_id=advisory_id, **common)
+            case hints.Cancel(selector=hints.Selector(session_id=str() as session_id)):
+                return AdvisoryAction(verb="cancel", session_id=session_id, **common)
+            case hints.Release(selector=hints.Selector(session_id=str() as session_id)):
+                return AdvisoryAction(
+                    verb="release",
+                    advisory_id=new_advisory_id(),
+                    session_id=session_id,
+                    **common,
+                )
+            case hints.Unsupported() as unknown:
+                reason = unknown.reason
+            case hints.Share():
+                reason = "share_needs_the_router"
+            case _:
+                reason = "not_yet_supported"
+        return AdvisoryAction(
+            verb="unsupported", advisory_id=new_advisory_id(), reason=reason, **common
+        )
+
+    async def prefix(self, selector: hints.Selector) -> dict[str, Any]:
+        """The fields of an action that say which prefix is meant."""
+        fields: dict[str, Any] = {
+            "extra_key": selector.namespace.extra_key,
+            "cache_salt": selector.namespace.cache_salt,
+        }
+        if selector.session_id is not None:
+            return {**fields, "session_id": selector.session_id}
+        if selector.input_ids is not None:
+            ids: Any = selector.input_ids
+            limit = self._manager.model_config.vocab_size
+            if max(ids) >= limit:
+                raise HintError("input_ids", f"{max(ids)}; expected ids below {limit}")
+        elif selector.text is not None:
+            ids = await asyncio.to_thread(self._manager.tokenizer.encode, selector.text)
+        else:
+            ids = await asyncio.to_thread(self._chat_ids, list(selector.messages or ()))
+        return {**fields, "token_bytes": pack_tokens(ids)}
+
+    def _chat_ids(self, messages: list[dict[str, Any]]) -> list[int]:
+        """Messages as the chat route tokenizes them, up to where the next one would start."""
+        from sglang.srt.entrypoints.openai.protocol import TokenizeRequest
+
+        tokenize = self._app.state.openai_serving_tokenize
+        try:
+            request = TokenizeRequest(messages=messages, add_generation_prompt=False)
+            ids: list[int] = tokenize._tokenize_chat_request(request)
+        except ValueError as error:
+            raise HintError("messages", f"the chat template refuses them: {error}") from error
+        return ids
+
+
+def new_advisory_id() -> str:
+    return f"adv-{uuid.uuid4().hex}"
+
+
+def merge_answers(answers: tuple[dict[str, Any], ...]) -> dict[str, Any]:
+    """One answer of several data-parallel ranks: the first that is not ``missing`` or empty."""
+    for answer in answers:
+        if answer and answer.get("status") != "missing":
+            return answer
+    return answers[0]
+
+
+def not_found(action: AdvisoryAction) -> dict[str, Any]:
+    """The receipt of a cancel that named nothing known."""
+    return {
+        "advisory_id": action.advisory_id or None,
+        "action_id": action.action_id,
+        "status": "missing",
+        "reason": "unknown_advisory" if action.advisory_id else "no_live_advisory",
+        "session_id": action.session_id,
+        "worker": "",
+        "state": "failed",
+        "tokens": {},
+        "bytes": {},
+        "timeline": [],
+    }

@@ -1,0 +1,520 @@
+"""The NVMe level as SGLang sees it: a ``dynamic`` HiCache storage backend over our page store.
+
+    --hicache-storage-backend dynamic --hicache-storage-backend-extra-config '{
+        "backend_name": "symphony", "module_path": "symphony_sglang.engine.nvme_backend",
+        "class_name": "NvmeBackend", "interface_v1": 1, "hicache_storage_pass_prefix_keys": true,
+        "nvme_dir": "/fast/pages", "nvme_bytes": 200000000000}'
+
+SGLang calls the v1 interface from its storage threads (cache_controller.py:1112, 1411), never from
+the scheduler thread. Pages go straight between the host pool and the disk.
+"""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from sglang.srt.mem_cache.hicache_storage import (
+    HiCacheStorage,
+    HiCacheStorageConfig,
+    HiCacheStorageExtraInfo,
+    PoolHitPolicy,
+    PoolName,
+    PoolTransfer,
+    PoolTransferResult,
+)
+from sglang.srt.observability.metrics_collector import StorageMetrics
+
+from symphony_sglang.clock import Clock, SystemClock
+from symphony_sglang.errors import ConfigError, UnsupportedError
+from symphony_sglang.store import (
+    HealthState,
+    Namespace,
+    PageStore,
+    Piece,
+    PlacedPage,
+    ReadOutcome,
+    ReadResult,
+    StoreSettings,
+    SyncPolicy,
+    WriteOutcome,
+    joined_from_hex,
+    keys_from_hex,
+)
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_DIRECTORY = Path.home() / ".cache" / "symphony_sglang" / "pages"
+HASH_SCHEME = "sglang-sha256-chain-1"
+# Position at which attention costs as much to recompute as everything else: 2 x parameters over
+# 4 x layers x width, which lies between 18 and 35 thousand tokens for dense models of 1 to 8 B.
+ATTENTION_EQUAL_TOKENS = 32768
+# Smaller parts cost more system time to verify than they save in a read of few layers.
+CHECKSUM_BYTES_MIN = 64 * 1024
+CHECKSUM_BYTES_MAX = 1 << 20
+BANDWIDTHS_MAX = 1024
+
+_CONFIG_TYPES: dict[str, type] = {
+    "nvme_dir": str,
+    "nvme_bytes": int,
+    "nvme_sync": str,
+    "nvme_revision": str,
+    "nvme_model_path": str,
+    "nvme_threads": int,
+    "nvme_segment_bytes": int,
+    "nvme_free_floor_share": float,
+}
+_active: list[NvmeBackend] = []
+
+
+def active_backends() -> list[NvmeBackend]:
+    """The backends of this process that have a store open; one per SGLang cache controller."""
+    return list(_active)
+
+
+class NvmeConfig(NamedTuple):
+    """What the extra config says of this level."""
+
+    directory: Path
+    revision: str
+    settings: StoreSettings
+
+
+def read_config(extra_config: dict[str, Any]) -> NvmeConfig:
+    """Raises ConfigError for an unknown ``nvme_`` key or a value of the wrong type or range."""
+    given: dict[str, Any] = {}
+    for name, value in extra_config.items():
+        if not name.startswith("nvme_"):
+            continue
+        expected = _CONFIG_TYPES.get(name)
+        if expected is None:
+            known = ", ".join(sorted(_CONFIG_TYPES))
+            raise ConfigError(
+                f"storage extra config: unknown key {name!r}; expected one of {known}"
+            )
+        if expected is float and type(value) is int:
+            value = float(value)
+        if type(value) is not expected:
+            raise ConfigError(
+                f"storage extra config: {name} is {value!r}; expected {expected.__name__}"
+            )
+        given[name] = value
+    options: dict[str, Any] = {"capacity_bytes": given.get("nvme_bytes")}
+    for name, option in (
+        ("nvme_threads", "io_threads"),
+        ("nvme_segment_bytes", "segment_bytes"),
+        ("nvme_free_floor_share", "free_floor_share"),
+    ):
+        if name in given:
+            options[option] = given[name]
+    if "nvme_sync" in given:
+        policies = {policy.value: policy for policy in SyncPolicy}
+        if given["nvme_sync"] not in policies:
+            raise ConfigError(
+                f"storage extra config: nvme_sync is {given['nvme_sync']!r}; "
+                f"expected one of {', '.join(policies)}"
+            )
+        options["sync"] = policies[given["nvme_sync"]]
+    directory = Path(given.get("nvme_dir") or DEFAULT_DIRECTORY).expanduser()
+    revision = given.get("nvme_revision", "") + weights_fingerprint(given.get("nvme_model_path"))
+    return NvmeConfig(directory, revision, StoreSettings(**options))
+
+
+def weights_fingerprint(model_path: str | None) -> str:
+    """A digest of names, sizes and times of a local model's files; "" where there are none.
+
+    A model trained on in place keeps its path, and must not be served its old pages.
+    """
+    folder = Path(model_path) if model_path else None
+    if folder is None or not folder.is_dir():
+        return ""
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.is_file():
+            facts = path.stat()
+            digest.update(f"{path.name}\0{facts.st_size}\0{facts.st_mtime_ns}\n".encode())
+    return "+" + digest.hexdigest()[:16]
+
+
+def namespace_of(config: HiCacheStorageConfig, pool: Any, revision: str) -> Namespace:
+    """Everything in SGLang's configuration that decides what bytes a page has."""
+    if config.is_mla_model and config.tp_size > 1:
+        raise UnsupportedError(
+            "NVMe level: latent attention (MLA) with tensor parallelism keeps one copy of a page "
+            "for all ranks; this backend keeps one a rank. Start with --tp-size 1"
+        )
+    if config.should_split_heads:
+        raise UnsupportedError("NVMe level: tp_lcm_size (pages split by head) is not supported")
+    _, sizes = pool.get_page_buffer_meta(torch.arange(pool.page_size, dtype=torch.int64))
+    facts = {
+        "pp": f"{config.pp_rank}/{config.pp_size}",
+        "dp": str(config.dp_rank),
+        "cp": f"{config.attn_cp_rank}/{config.attn_cp_size}",
+        "dcp": f"{config.dcp_rank}/{config.dcp_size}",
+        "pool": type(pool).__name__,
+        "format": str(getattr(pool, "storage_format_tag", None)),
+        "pieces": ",".join(map(str, sizes)),
+    }
+    for name in ("layer_num", "start_layer", "end_layer", "head_num", "head_dim", "v_head_dim"):
+        facts[name] = str(getattr(pool, name, None))
+    return Namespace(
+        model=config.model_name or "",
+        revision=revision,
+        dtype=str(pool.dtype).removeprefix("torch."),
+        layout=pool.layout,
+        page_tokens=pool.page_size,
+        page_bytes=sum(sizes),
+        tp_rank=config.tp_rank,
+        tp_size=config.tp_size,
+        hash_scheme=HASH_SCHEME,
+        extra=tuple(sorted(facts.items())),
+    )
+
+
+def pool_memory(pool: Any) -> list[Piece]:
+    """The whole memory of a pool as pieces, where it is contiguous tensors."""
+    buffers = pool.kv_buffer if isinstance(pool.kv_buffer, list | tuple) else [pool.kv_buffer]
+    return [
+        tensor_piece(buffer)
+        for buffer in buffers
+        if isinstance(buffer, torch.Tensor) and buffer.is_contiguous()
+    ]
+
+
+def layer_bytes_of(pool: Any) -> int | None:
+    """Bytes of one layer's K in a page, where a page's layers follow each other; else None."""
+    if pool.layout != "page_first_direct" or not hasattr(pool, "token_stride_size"):
+        return None
+    return int(pool.page_size * pool.token_stride_size)
+
+
+def checksum_bytes_for(pool: Any) -> int:
+    """The unit of verification: whole layers that divide a page's K, of a useful size."""
+    layer_bytes = layer_bytes_of(pool)
+    if layer_bytes is None:
+        return CHECKSUM_BYTES_MAX
+    divisors = [count for count in range(1, pool.layer_num + 1) if pool.layer_num % count == 0]
+    for count in divisors:
+        if CHECKSUM_BYTES_MIN <= count * layer_bytes <= CHECKSUM_BYTES_MAX:
+            return count * layer_bytes
+    return min(CHECKSUM_BYTES_MAX, max(4096, pool.layer_num * layer_bytes))
+
+
+class NvmeBackend(HiCacheStorage):
+    """One namespace of the page store, for one cache controller of this rank."""
+
+    def __init__(
+        self, storage_config: HiCacheStorageConfig, kwargs: Any = None, clock: Clock | None = None
+    ) -> None:
+        """SGLang passes `kwargs` by position; it carries nothing for a dynamic backend."""
+        self.storage_config = storage_config
+        self.config = read_config(storage_config.extra_config or {})
+        self.mem_pool_host: Any = None
+        self._clock = clock or SystemClock()
+        self._store: PageStore | None = None
+        self._metrics_lock = threading.Lock()
+        self._metrics = StorageMetrics()
+
+    @property
+    def store(self) -> PageStore:
+        if self._store is None:
+            raise UnsupportedError("NVMe level: no host pool is registered yet")
+        return self._store
+
+    @property
+    def writable(self) -> bool:
+        """Whether a backup can succeed now; False while the disk is full or failing."""
+        return self._store is not None and self._store.state is HealthState.OK
+
+    def register_mem_pool_host(self, mem_pool_host: Any) -> None:
+        """Open the store for this pool's pages. Registering the same shape again keeps it open."""
+        namespace = namespace_of(self.storage_config, mem_pool_host, self.config.revision)
+        self.mem_pool_host = mem_pool_host
+        if self._store is not None:
+            if self._store.namespace == namespace:
+                return
+            self.close()
+        settings = self.config.settings.with_checksum(checksum_bytes_for(mem_pool_host))
+        self._store = PageStore(self.config.directory, namespace, settings, clock=self._clock)
+        for buffer in pool_memory(mem_pool_host):
+            self._store.register_memory(*buffer)
+        if not _active:
+            atexit.register(close_all)
+        _active.append(self)
+        logger.info(
+            "NVMe level: %d pages found in %s, %.1f GB capacity",
+            len(self._store),
+            self._store.folder,
+            self._store.stat().capacity_bytes / 1e9,
+        )
+
+    # --- zero-copy interface --------------------------------------------------------------------
+
+    def batch_exists(
+        self, keys: list[str], extra_info: HiCacheStorageExtraInfo | None = None
+    ) -> int:
+        """How many of `keys`, from the first on, are on disk without a gap."""
+        return self.store.prefix_length_joined(joined_from_hex(keys))
+
+    def batch_get_v1(
+        self,
+        keys: list[str],
+        host_indices: torch.Tensor,
+        extra_info: HiCacheStorageExtraInfo | None = None,
+    ) -> list[bool]:
+        """Fill host pages from disk. `host_indices` (len(keys) x page_size,) int64."""
+        names = keys_from_hex(keys)
+        self._touch_prefix(extra_info)
+        return self._read(names, self._pieces(host_indices, len(keys)), None, host_indices)
+
+    def read_layers(
+        self, keys: list[str], host_indices: torch.Tensor, first_layer: int, layer_count: int
+    ) -> list[bool]:
+        """Fill some layers of host pages, K and V, in one call.
+
+        Raises UnsupportedError where a page's layers are not contiguous in the pool's layout.
+        """
+        layer_bytes = layer_bytes_of(self.mem_pool_host)
+        if layer_bytes is None:
+            raise UnsupportedError(
+                f"NVMe level: layout {self.mem_pool_host.layout} has no runs of layers; "
+                "expected page_first_direct"
+            )
+        start, size = first_layer * layer_bytes, layer_count * layer_bytes
+        whole = self._pieces(host_indices, len(keys))
+        pieces = [[(address + start, size) for address, _ in page] for page in whole]
+        ends = [0, whole[0][0][1]] if whole else [0, 0]
+        ranges = [(end + start, size) for end in ends]
+        return self._read(keys_from_hex(keys), pieces, ranges, host_indices)
+
+    def batch_set_v1(
+        self,
+        keys: list[str],
+        host_indices: torch.Tensor,
+        extra_info: HiCacheStorageExtraInfo | None = None,
+    ) -> list[bool]:
+        """Write host pages to disk; True for what is there now, False for what is not."""
+        names = keys_from_hex(keys)
+        depth = self._touch_prefix(extra_info)
+        tokens = self.store.namespace.page_tokens
+        pages = [
+            PlacedPage(
+                name,
+                pieces,
+                cost=1.0 + (depth + at) * tokens / ATTENTION_EQUAL_TOKENS,
+                depth=depth + at,
+            )
+            for at, (name, pieces) in enumerate(
+                zip(names, self._pieces(host_indices, len(keys)), strict=True)
+            )
+        ]
+        return self._write(pages)
+
+    def _touch_prefix(self, extra_info: HiCacheStorageExtraInfo | None) -> int:
+        """A page is only of use with all before it: those count as used too. Returns how many."""
+        prefix = extra_info.prefix_keys if extra_info is not None else None
+        if not prefix:
+            return 0
+        self.store.touch(keys_from_hex(prefix))
+        return len(prefix)
+
+    def _pieces(self, host_indices: torch.Tensor, page_count: int) -> list[list[Piece]]:
+        """Addresses of each page's blocks, as the pool gives them (pool_host/mha.py:817)."""
+        addresses, sizes = self.mem_pool_host.get_page_buffer_meta(host_indices)
+        per_page = len(addresses) // page_count if page_count else 1
+        pieces = list(zip(addresses, sizes, strict=True))
+        return [pieces[at : at + per_page] for at in range(0, len(pieces), per_page)]
+
+    def _read(
+        self,
+        names: Sequence[bytes],
+        pieces: Sequence[Sequence[Piece]],
+        ranges: Sequence[tuple[int, int]] | None,
+        host_indices: torch.Tensor,
+    ) -> list[bool]:
+        started = self._clock.monotonic()
+        result = self.store.read(names, pieces, ranges)
+        hits = [outcome is ReadOutcome.HIT for outcome in result.outcomes]
+        self._wait_for_memory(result, host_indices)
+        size = sum(n for hit, page in zip(hits, pieces, strict=True) if hit for _, n in page)
+        self._note("prefetch", hits, size, started)
+        return hits
+
+    def _wait_for_memory(self, result: ReadResult, host_indices: torch.Tensor) -> None:
+        """Keep the pages of a stuck read from being used again while the device may fill them.
+
+        SGLang frees the pages of a failed read as soon as this thread returns. A pool with
+        ``hold_pages(host_indices, released)`` takes them over; for any other this thread waits:
+        the store is off by then, so lookups miss at once and no request queues up behind it.
+        """
+        hold = result.hold
+        if hold is None:
+            return
+        page_tokens = self.store.namespace.page_tokens
+        take_over: Callable[..., None] | None = getattr(self.mem_pool_host, "hold_pages", None)
+        if take_over is None:
+            logger.warning("NVMe level: waiting for %d pages of a stuck read", len(hold.positions))
+            hold.wait(None)
+            return
+        held = torch.cat(
+            [host_indices[at * page_tokens : (at + 1) * page_tokens] for at in hold.positions]
+        )
+        take_over(held, lambda: hold.wait(0))
+
+    def _write(self, pages: Sequence[PlacedPage]) -> list[bool]:
+        started = self._clock.monotonic()
+        outcomes = self.store.write(pages)
+        written = [outcome is WriteOutcome.WRITTEN for outcome in outcomes]
+        size = sum(written) * self.store.namespace.page_bytes
+        self._note("backup", written, size, started)
+        return [outcome in (WriteOutcome.WRITTEN, WriteOutcome.PRESENT) for outcome in outcomes]
+
+    def _note(self, direction: str, done: Sequence[bool], size: int, started: float) -> None:
+        seconds = self._clock.monotonic() - started
+        with self._metrics_lock:
+            pages: list[int] = getattr(self._metrics, f"{direction}_pgs")
+            bandwidths: list[float] = getattr(self._metrics, f"{direction}_bandwidth")
+            if len(pages) < BANDWIDTHS_MAX and seconds > 0 and any(done):
+                pages.append(sum(done))
+                bandwidths.append(size / 1e9 / seconds)
+
+    # --- pools beside K and V -------------------------------------------------------------------
+
+    def batch_exists_v2(
+        self,
+        keys: list[str],
+        pool_transfers: list[PoolTransfer] | None = None,
+        extra_info: HiCacheStorageExtraInfo | None = None,
+    ) -> PoolTransferResult:
+        """This level keeps K and V only: a page that needs another pool's data is a miss."""
+        pages = self.batch_exists(keys, extra_info)
+        others = [transfer for transfer in pool_transfers or [] if transfer.name != PoolName.KV]
+        if any(transfer.hit_policy != PoolHitPolicy.BLOCK_GROUPS for transfer in others):
+            return PoolTransferResult.empty()
+        return PoolTransferResult(pages, {}, list(range(1, pages + 1)))
+
+    def batch_get_v2(
+        self,
+        transfers: list[PoolTransfer],
+        extra_info: HiCacheStorageExtraInfo | None = None,
+    ) -> dict[str, list[bool]]:
+        return self._by_pool(transfers, extra_info, self.batch_get_v1)
+
+    def batch_set_v2(
+        self,
+        transfers: list[PoolTransfer],
+        extra_info: HiCacheStorageExtraInfo | None = None,
+    ) -> dict[str, list[bool]]:
+        return self._by_pool(transfers, extra_info, self.batch_set_v1)
+
+    def _by_pool(
+        self,
+        transfers: list[PoolTransfer],
+        extra_info: HiCacheStorageExtraInfo | None,
+        move: Callable[..., list[bool]],
+    ) -> dict[str, list[bool]]:
+        results: dict[str, list[bool]] = {}
+        for transfer in transfers:
+            keys = transfer.keys or []
+            indices = transfer.host_indices
+            fits = indices is not None and len(indices) == len(keys) * self.mem_pool_host.page_size
+            if transfer.name == PoolName.KV and fits:
+                results[transfer.name] = move(keys, indices, extra_info)
+            else:
+                results[transfer.name] = [False] * len(keys)
+        return results
+
+    # --- copying interface (used only without ``interface_v1``) ---------------------------------
+
+    def get(
+        self, key: str, target_location: Any | None = None, target_sizes: Any | None = None
+    ) -> torch.Tensor | None:
+        """Read a page into `target_location`, a contiguous CPU tensor of the page's size."""
+        return self.batch_get([key], [target_location])[0]
+
+    def batch_get(
+        self, keys: list[str], target_locations: Any | None = None, target_sizes: Any | None = None
+    ) -> list[torch.Tensor | None]:
+        names = keys_from_hex(keys)
+        targets = list(target_locations or [])
+        if len(targets) != len(keys):
+            raise UnsupportedError(
+                f"NVMe level: {len(targets)} target tensors for {len(keys)} keys; expected one each"
+            )
+        result = self.store.read(names, [[tensor_piece(target)] for target in targets])
+        if result.hold is not None:
+            result.hold.wait(None)  # the tensors may be freed when this returns
+        return [
+            target if outcome is ReadOutcome.HIT else None
+            for target, outcome in zip(targets, result.outcomes, strict=True)
+        ]
+
+    def set(
+        self,
+        key: str,
+        value: Any | None = None,
+        target_location: Any | None = None,
+        target_sizes: Any | None = None,
+    ) -> bool:
+        """Write a page from `value`, a CPU tensor of the page's size."""
+        return self.batch_set([key], [value])
+
+    def batch_set(
+        self,
+        keys: list[str],
+        values: Any | None = None,
+        target_locations: Any | None = None,
+        target_sizes: Any | None = None,
+    ) -> bool:
+        names = keys_from_hex(keys)
+        tensors = [value.contiguous() for value in values or []]
+        if len(tensors) != len(names):
+            return False
+        pages = [
+            PlacedPage(name, [tensor_piece(tensor)])
+            for name, tensor in zip(names, tensors, strict=True)
+        ]
+        return all(self._write(pages))
+
+    def exists(self, key: str) -> bool:
+        return self.batch_exists([key]) == 1
+
+    # --- upkeep ---------------------------------------------------------------------------------
+
+    def clear(self) -> None:
+        self.store.clear()
+
+    def get_stats(self) -> StorageMetrics:
+        """Pages and GB/s of the transfers since the last call, for SGLang's own metrics."""
+        with self._metrics_lock:
+            metrics, self._metrics = self._metrics, StorageMetrics()
+        return metrics
+
+    def close(self) -> None:
+        """Commit what is pending and release the namespace. Idempotent."""
+        store, self._store = self._store, None
+        if store is not None:
+            if self in _active:
+                _active.remove(self)
+            store.close()
+
+
+def close_all() -> None:
+    """At interpreter exit: what was written in the last moments becomes durable."""
+    for backend in active_backends():
+        backend.close()
+
+
+def tensor_piece(tensor: torch.Tensor) -> Piece:
+    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        raise UnsupportedError(
+            f"NVMe level: a {'contiguous' if tensor.is_contiguous() else 'strided'} tensor on "
+            f"{tensor.device}; expected a contiguous one on the CPU"
+        )
+    return tensor.data_ptr(), tensor.numel() * tensor.element_size()
