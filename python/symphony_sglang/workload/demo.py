@@ -1,0 +1,244 @@
+"""``symphony demo``: conversations that outgrow a worker's device level, and what each level saves.
+
+Exit code 0 only if every level that was expected was hit and every way to the same prompt gave the
+same greedy tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from symphony_sglang.clock import Clock, SystemClock
+from symphony_sglang.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from symphony_sglang.workload.conversation import ConversationRules, Sample
+    from symphony_sglang.workload.worker_process import WorkerProcess
+
+INTERRUPTED = 130
+DIFFERENCES_SHOWN_MAX = 5
+# Large enough that computing 2,000 tokens takes far longer than fetching them, on two cores.
+LAYERS, HIDDEN, VOCAB = 4, 256, 4096
+# The levels move bytes whatever they mean; in float32 the order in which a sum is taken does not
+# tip a greedy choice, so any difference in the output is a fault.
+DTYPE = "float32"
+# Four conversations of 2,000 tokens fit, so one is pushed out before it returns after five others.
+DEVICE_TOKENS = 9_000
+HOST_GB = 1.0
+
+
+def add_parser(subparsers: Any) -> None:
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "demo",
+        help="start a worker and show TTFT by where a prefix is found",
+        description="Makes a tiny model, starts one worker on this machine, runs conversations "
+        "that outgrow its device level and return to it, and reports TTFT by where each prefix was "
+        "found, and whether the outputs are identical. Words after -- are flags for the worker.",
+    )
+    add = parser.add_argument
+    add("--dir", default=".demo", metavar="DIR", help="keeps the model and the log; default .demo")
+    add("--sessions", type=int, default=12, metavar="N", help="conversations; default 12")
+    add(
+        "--expect",
+        default="device,host",
+        metavar="LEVELS",
+        help="levels that must be hit, of device, host and storage; default device,host",
+    )
+    add("--seed", type=int, default=0, metavar="N", help="of the conversations")
+    add("worker_arguments", nargs="*", metavar="-- FLAG", help="flags for the worker")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Exit code 0 if all went as it should, 1 if not, 130 after Ctrl-C or SIGTERM."""
+    from rich.console import Console
+
+    with sigterm_as_interrupt():
+        try:
+            return demonstrate(arguments, Console(), SystemClock())
+        except KeyboardInterrupt:
+            return INTERRUPTED
+
+
+@contextlib.contextmanager
+def sigterm_as_interrupt() -> Iterator[None]:
+    """A SIGTERM unwinds like Ctrl-C, so that the worker is stopped on the way out."""
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def demonstrate(arguments: argparse.Namespace, console: Console, clock: Clock) -> int:
+    """The whole demo.
+
+    Raises:
+        ConfigError, ServerUnavailableError: it cannot start, or the worker fails on the way.
+    """
+    from symphony_sglang.workload.conversation import ConversationRules
+    from symphony_sglang.workload.tiny_model import make_tiny_model
+    from symphony_sglang.workload.worker_process import WorkerProcess
+
+    expected = parse_levels(arguments.expect)
+    rules = ConversationRules(sessions=arguments.sessions, vocab=VOCAB, seed=arguments.seed)
+    assert rules.lag * rules.tokens_per_session > DEVICE_TOKENS
+    directory = Path(arguments.dir)
+    model = directory / "model"
+    with console.status("making the model") as status:
+        make_tiny_model(model, layers=LAYERS, hidden=HIDDEN, vocab=VOCAB, seed=0, dtype=DTYPE)
+        status.stop()
+    worker = WorkerProcess(
+        [
+            *("--model-path", str(model)),
+            *("--max-total-tokens", str(DEVICE_TOKENS)),
+            *("--symphony-host-gb", str(HOST_GB)),
+            *arguments.worker_arguments,
+        ],
+        log_path=directory / "worker.log",
+        clock=clock,
+    )
+    with worker:
+        console.print(f"starting a worker, its log is {worker.log_path}", highlight=False)
+        boot_seconds = wait_ready(worker, console)
+        console.print(f"ready after {boot_seconds:.1f} s", highlight=False)
+        started = clock.monotonic()
+        samples = run_conversations(worker, rules, console, clock)
+        seconds = clock.monotonic() - started
+    verdict = judge(samples, expected)
+    console.print(level_table(samples))
+    console.print(f"{len(samples)} requests in {seconds:.1f} s", highlight=False)
+    for line in verdict.problems or verdict.findings:
+        console.print(line, style="red" if verdict.problems else "green", highlight=False)
+    return 1 if verdict.problems else 0
+
+
+def parse_levels(text: str) -> list[str]:
+    """Comma-separated names of levels.
+
+    Raises:
+        ConfigError: a name is unknown.
+    """
+    known = ("device", "host", "storage")
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"--expect has {name!r}; expected levels of {', '.join(known)}")
+    return names
+
+
+def wait_ready(worker: WorkerProcess, console: Console) -> float:
+    if not console.is_terminal:
+        return worker.wait_ready()
+    with console.status("starting") as status:
+        width = max(20, console.width - 10)
+        return worker.wait_ready(on_wait=lambda line: status.update(line[:width] or "starting"))
+
+
+def run_conversations(
+    worker: WorkerProcess, rules: ConversationRules, console: Console, clock: Clock
+) -> list[Sample]:
+    import asyncio
+    import uuid
+
+    from symphony_sglang.workload.conversation import converse
+    from symphony_sglang.workload.generate_client import GenerateClient
+    from symphony_sglang.workload.replay_report import ReplayProgress
+
+    async def measured() -> list[Sample]:
+        async with GenerateClient(worker.url, clock=clock) as client:
+            return await converse(
+                client,
+                rules,
+                run_id=uuid.uuid4().hex,
+                on_sample=lambda sample: progress.advance(failed=False),
+            )
+
+    with ReplayProgress(console, clock, total=rules.request_count, title="conversing") as progress:
+        return asyncio.run(measured())
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the demo shows, and what went wrong; it failed if anything did."""
+
+    findings: tuple[str, ...]
+    problems: tuple[str, ...]
+
+
+def judge(samples: Sequence[Sample], expected: Sequence[str]) -> Verdict:
+    """Whether every level expected was hit, and every prompt had one output."""
+    from symphony_sglang.workload.conversation import compared_sources, find_differences
+
+    hit = {sample.source.value for sample in samples}
+    problems = [f"the {level} level was never hit" for level in expected if level not in hit]
+    compared = compared_sources(samples)
+    ways = {"recompute", *expected}
+    whole = [k for k, sources in compared.items() if ways <= {source.value for source in sources}]
+    if not whole:
+        problems.append(f"no prompt was answered from each of {', '.join(sorted(ways))}")
+    differences = find_differences(samples)
+    for item in differences[:DIFFERENCES_SHOWN_MAX]:
+        ours, theirs = (source.value for source in item.sources)
+        problems.append(
+            f"session {item.session}, turn {item.turn}: the outputs from {ours} and from {theirs} "
+            f"part at token {item.position}"
+        )
+    if len(differences) > DIFFERENCES_SHOWN_MAX:
+        problems.append(f"{len(differences) - DIFFERENCES_SHOWN_MAX} more outputs differ")
+    compared_count = sum(len(sources) > 1 for sources in compared.values())
+    finding = (
+        f"identical outputs: {compared_count} prompts each answered from two or more places, "
+        f"{len(whole)} of them from {', '.join(sorted(ways))}"
+    )
+    return Verdict((finding,), tuple(problems))
+
+
+def level_table(samples: Sequence[Sample]) -> Table:
+    """TTFT and token counts by where most of the prompt was found; `ratio` is to recompute."""
+    import numpy as np
+    from rich import box
+    from rich.table import Table
+
+    from symphony_sglang.workload.replay_report import Source
+
+    table = Table(
+        title="TTFT by where the prefix was found",
+        caption="medians; tokens are those of one request, by level",
+        box=box.SIMPLE,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("found", no_wrap=True)
+    for name in ("n", "prompt", "device", "host", "storage", "TTFT ms", "p10-p90", "ratio"):
+        table.add_column(name, justify="right", no_wrap=True)
+    baseline: float | None = None
+    for source in Source:
+        results = [sample.result for sample in samples if sample.source is source]
+        if not results:
+            continue
+        times = [1e3 * (result.ttft_seconds or result.latency_seconds) for result in results]
+        low, middle, high = (float(value) for value in np.percentile(times, (10, 50, 90)))
+        baseline = middle if source is Source.RECOMPUTE else baseline
+        counts = [
+            (r.prompt_tokens, r.cached.device, r.cached.host, r.cached.storage) for r in results
+        ]
+        prompt, device, host, storage = (int(value) for value in np.median(counts, axis=0))
+        share = "" if baseline is None else f"{middle / baseline:.3f}"
+        table.add_row(
+            source.value,
+            str(len(results)),
+            *(str(count) for count in (prompt, device, host, storage)),
+            f"{middle:.1f}",
+            f"{low:.0f}-{high:.0f}",
+            share,
+        )
+    return table
