@@ -183,7 +183,7 @@ def run(rounds: int, directory: Path) -> dict[str, Any]:
     make_tiny_model(model, layers=12, hidden=768, vocab=VOCAB, seed=0)
     generator = random.Random(20260101)
     with Progress(console=console) as progress:
-        ours = start_worker(model, "--symphony-host-gb", "3")
+        ours = start_worker(model, "--symphony-host-gb", "3", "--symphony-nvme-gb", "0")
         try:
             send(ours.url, prompt(generator, PROMPT_TOKENS), "warm")
             samples = measure_levels(ours.url, rounds, generator, progress)

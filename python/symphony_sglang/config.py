@@ -24,6 +24,8 @@ from symphony_sglang.errors import ConfigError
 
 FLAG_PREFIX = "--symphony-"
 ENVIRONMENT_PREFIX = "SYMPHONY_"
+# The names of ``store.SyncPolicy``, which this layer may not import; a test compares them.
+SYNC_POLICIES = ("batch", "interval", "off")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,23 @@ class SymphonyConfig:
         metavar="GB",
     )
 
+    nvme_dir: str = setting(
+        "",
+        "directory of the NVMe level; default: one per port under the user's cache directory",
+        metavar="DIR",
+    )
+    nvme_gb: float = setting(
+        -1.0,
+        "NVMe level in GB per rank; -1 takes a share of the free space, 0 turns it off",
+        minimum=-1.0,
+        maximum=1e6,
+        metavar="GB",
+    )
+    nvme_sync: str = setting(
+        "interval",
+        "when pages are made durable: batch, interval (at most a second later) or off",
+        metavar="POLICY",
+    )
     protect_device: float = setting(
         0.3,
         "share of the device level that advisories may protect from eviction",
@@ -86,10 +105,17 @@ class SymphonyConfig:
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
             check_range(item, getattr(self, item.name))
-        if -1.0 < self.host_gb < 0:
+        for name in ("host_gb", "nvme_gb"):
+            size = getattr(self, name)
+            if -1.0 < size < 0:
+                raise ConfigError(
+                    f"{flag_name(name)} is {size:g}; expected -1 (automatic), 0 (off) "
+                    "or a size in GB"
+                )
+        if self.nvme_sync not in SYNC_POLICIES:
             raise ConfigError(
-                f"{flag_name('host_gb')} is {self.host_gb:g}; expected -1 (automatic), 0 (off) "
-                "or a size in GB"
+                f"{flag_name('nvme_sync')} is {self.nvme_sync!r}; "
+                f"expected one of {', '.join(SYNC_POLICIES)}"
             )
 
     @classmethod

@@ -104,6 +104,6 @@ class StoreKeyError(StoreError, ValueError):
 
 
 class ServerUnavailableError(SymphonyError):
-    """A server did not come up, or stopped answering; the message gives its address and last words."""
+    """A server did not come up, or stopped answering; the message gives its last words."""
 
     code = "server_unavailable"

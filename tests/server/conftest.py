@@ -125,6 +125,8 @@ def start_server(model: Path, log: Path, *flags: str) -> Server:
             str(DEVICE_TOKENS),
             "--symphony-host-gb",
             HOST_GB,
+            # Tests of the levels above must not find pages of an earlier run on disk.
+            *(() if "--symphony-nvme-dir" in flags else ("--symphony-nvme-gb", "0")),
             *flags,
         ],
         log_path=log,

@@ -27,6 +27,8 @@ from symphony_sglang.engine.locks import LockTable
 from symphony_sglang.engine.messages import AdvisoryAction, AdvisoryBatch
 from symphony_sglang.engine.mover import Mover
 from symphony_sglang.engine.pressure import admission_shortfall
+from symphony_sglang.engine.session_keeper import SessionKeeper
+from symphony_sglang.engine.storage_view import stored_tokens
 
 if TYPE_CHECKING:
     from symphony_sglang.engine.cache import SymphonyCache
@@ -46,6 +48,7 @@ class AdvisoryDriver:
         self.sessions = sessions
         self.mover = Mover(cache)
         self.locks = LockTable(cache, self.mover, self._held_prefix)
+        self.keeper = SessionKeeper(sessions)
         self.scheduler: Any = None
         self.now_seconds = 0.0
         self._seen: dict[str, None] = {}
@@ -141,6 +144,7 @@ class AdvisoryDriver:
         records = self.sessions.find(session_id)
         for record in records:
             self.sessions.forget(record.key)
+        self.keeper.save(self.now_seconds)
         if not records:
             return self._note(action, Status.MISSING, Reason.UNKNOWN_SESSION)
         return self._note(action, Status.ACCEPTED, "", State.READY)
@@ -170,6 +174,7 @@ class AdvisoryDriver:
         prefix = record.prefix
         found = self.mover.find(prefix, self._whole_pages(prefix.tokens))
         upper = found.device_tokens + found.host_tokens
+        stored = max(upper, stored_tokens(prefix, self.promoter.page_size))
         receipts = [
             self.promoter.book.receipt(key) for key in self.promoter.book.of_session(session_id)
         ]
@@ -179,9 +184,9 @@ class AdvisoryDriver:
                 "total": record.total_tokens,
                 "device": found.device_tokens,
                 "host": found.host_tokens,
-                "nvme": 0,
+                "nvme": stored - upper,
                 "peer": 0,
-                "missing": max(0, record.total_tokens - upper),
+                "missing": max(0, record.total_tokens - stored),
             },
             "turns": record.turns,
             "idle_s": round(max(0.0, self.now_seconds - record.last_used_seconds), 3),
@@ -232,6 +237,12 @@ class AdvisoryDriver:
         key = SessionKey(request.session_id, Namespace(request.extra_key, request.cache_salt))
         whole = token_ids[: self._whole_pages(len(token_ids))]
         self.sessions.learn(key, pack_tokens(whole), self.now_seconds)
+        self.keeper.save(self.now_seconds)
+
+    def restore_sessions(self, blobs: list[bytes], now_seconds: float) -> None:
+        """Take in what rank 0 found in its store at the start."""
+        self.tick(now_seconds)
+        self.keeper.restore(blobs, self.now_seconds)
 
     def _whole_pages(self, tokens: int) -> int:
         return tokens // self.promoter.page_size * self.promoter.page_size

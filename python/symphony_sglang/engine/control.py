@@ -13,6 +13,7 @@ from symphony_sglang.engine.messages import (
     AdvisoryTick,
     ControlReply,
     ResidencyRequest,
+    SessionRestore,
 )
 from symphony_sglang.engine.residency import residency
 
@@ -39,6 +40,7 @@ def attach_control(_result: Any, scheduler: Any) -> None:
             (ResidencyRequest, lambda _request: ControlReply(body=residency(cache))),
             (AdvisoryBatch, lambda batch: answer_batch(cache, batch)),
             (AdvisoryTick, lambda tick: take_tick(cache, tick)),
+            (SessionRestore, lambda restore: take_sessions(cache, restore)),
         ]
     )
     cache.control_attached = True
@@ -56,6 +58,11 @@ def take_tick(cache: SymphonyCache, tick: AdvisoryTick) -> None:
         cache.advisories.tick(tick.now_seconds)
 
 
+def take_sessions(cache: SymphonyCache, restore: SessionRestore) -> None:
+    if cache.advisories is not None:
+        cache.advisories.restore_sessions(restore.blobs, restore.now_seconds)
+
+
 def append_tick(aborts: list[Any], scheduler: Any) -> list[Any] | None:
     """AFTER hook of ``Scheduler._poll_timeout_aborts``, which runs on rank 0 only.
 
@@ -66,6 +73,10 @@ def append_tick(aborts: list[Any], scheduler: Any) -> list[Any] | None:
     if not isinstance(cache, SymphonyCache) or cache.advisories is None:
         return None
     driver = cache.advisories
+    if driver.keeper.restore_pending:
+        # In-band like the clock: ranks that read their own stores could differ after a crash.
+        blobs = driver.keeper.load()
+        return [*aborts, SessionRestore(blobs=blobs, now_seconds=clock.monotonic())]
     if not (driver.active or driver.requests_known):
         return None
     now_seconds = clock.monotonic()

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 from collections.abc import Collection, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 from symphony_sglang.config import SymphonyConfig
 from symphony_sglang.errors import UnsupportedError
+from symphony_sglang.platform.support import SUPPORT_FIELDS, refuse_unsupported
 
 GIB = 1 << 30
 # Smaller pages waste less at a prefix's end; larger ones move with fewer operations. SGLang's
@@ -19,6 +24,9 @@ PAGE_SIZE_GPU = 64
 AUTOMATIC_HOST_GB_VARIABLE = "SYMPHONY_AUTOMATIC_HOST_GB"
 # SGLang refuses to size a pinned pool into the last 10 GiB (pool_host/base.py:31).
 GPU_RESERVE_BYTES = 10 * GIB
+
+# One directory a port: a restarted worker finds its pages, two workers do not share a namespace.
+DEFAULT_NVME_DIRECTORY = Path.home() / ".cache" / "symphony_sglang" / "pages"
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +81,33 @@ def level_arguments(explicit: Collection[str], *, host_gb: float, on_cpu: bool) 
     return [word for field, words in wanted if field not in explicit for word in words]
 
 
+def nvme_arguments(
+    explicit: Collection[str], config: SymphonyConfig, *, page_size: int, port: int, model_path: str
+) -> list[str]:
+    """The SGLang arguments that put our page store below the host level."""
+    if config.nvme_gb == 0 or "hicache_storage_backend" in explicit:
+        return []
+    directory = config.nvme_dir or str(DEFAULT_NVME_DIRECTORY / f"port-{port}")
+    extra: dict[str, Any] = {
+        "backend_name": "symphony",
+        "module_path": "symphony_sglang.engine.nvme_backend",
+        "class_name": "NvmeBackend",
+        "interface_v1": 1,
+        "hicache_storage_pass_prefix_keys": True,
+        # SGLang leaves prefixes below 256 tokens on disk by default; one page is worth a read here.
+        "prefetch_threshold": page_size,
+        "nvme_dir": directory,
+        "nvme_sync": config.nvme_sync,
+        "nvme_model_path": model_path,
+    }
+    if config.nvme_gb > 0:
+        extra["nvme_bytes"] = int(config.nvme_gb * 1e9)
+    return [
+        *("--hicache-storage-backend", "dynamic"),
+        *("--hicache-storage-backend-extra-config", json.dumps(extra)),
+    ]
+
+
 def complete_arguments(argv: Sequence[str], config: SymphonyConfig) -> list[str]:
     """`argv` with the levels on, and the settings exported to the processes SGLang will spawn.
 
@@ -88,13 +123,17 @@ def complete_arguments(argv: Sequence[str], config: SymphonyConfig) -> list[str]
     if on_cpu:
         if "device" not in explicit:
             completed += ["--device", "cpu"]
+        # Here too, and not only in the platform: SGLang's own checks of a model come before those.
+        refuse_unsupported(SimpleNamespace(**read_fields(argv, SUPPORT_FIELDS)))
         logger.info(
             "CPU: portable torch platform, %d cores, own attention backend, no overlap schedule",
             len(os.sched_getaffinity(0)),
         )
     if config.off or "disable_radix_cache" in explicit:
         return completed
-    namespace = read_fields(argv, ("tp_size", "dp_size", "tokenizer_worker_num"))
+    namespace = read_fields(
+        argv, ("tp_size", "dp_size", "tokenizer_worker_num", "page_size", "port", "model_path")
+    )
     if namespace["tokenizer_worker_num"] > 1:
         raise UnsupportedError(
             f"--tokenizer-worker-num {namespace['tokenizer_worker_num']}: the /symphony routes "
@@ -114,11 +153,20 @@ def complete_arguments(argv: Sequence[str], config: SymphonyConfig) -> list[str]
         os.environ["SYMPHONY_HOST_GB"] = str(config.host_gb)
         os.environ[AUTOMATIC_HOST_GB_VARIABLE] = str(host_gb)
         logger.info("host level: %.2f GB per rank", host_gb)
-    return completed + level_arguments(explicit, host_gb=host_gb, on_cpu=on_cpu)
+    completed += level_arguments(explicit, host_gb=host_gb, on_cpu=on_cpu)
+    if host_gb <= 0:
+        return completed
+    return completed + nvme_arguments(
+        explicit,
+        config,
+        page_size=namespace["page_size"] or (PAGE_SIZE_CPU if on_cpu else PAGE_SIZE_GPU),
+        port=namespace["port"],
+        model_path=namespace["model_path"] or "",
+    )
 
 
-def read_fields(argv: Sequence[str], names: Sequence[str]) -> dict[str, int]:
-    """Integer fields of ``ServerArgs`` as `argv` sets them, else SGLang's defaults."""
+def read_fields(argv: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
+    """Fields of ``ServerArgs`` as `argv` sets them, else SGLang's defaults."""
     from sglang.srt.server_args import ServerArgs
 
     parser = argparse.ArgumentParser(add_help=False)
@@ -126,4 +174,4 @@ def read_fields(argv: Sequence[str], names: Sequence[str]) -> dict[str, int]:
     for action in parser._actions:
         action.required = False
     namespace, _ = parser.parse_known_args(list(argv))
-    return {name: int(getattr(namespace, name)) for name in names}
+    return {name: getattr(namespace, name) for name in names}

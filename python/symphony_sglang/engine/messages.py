@@ -53,12 +53,24 @@ class AdvisoryTick(BaseReq):
     now_seconds: float
 
 
+class SessionRestore(BaseReq):
+    """Session records that rank 0 found in its store at the start, for every rank."""
+
+    blobs: list[bytes]
+    now_seconds: float
+
+
 class ControlReply(BaseReq):
     """The answer of one data-parallel rank; `body` is JSON-ready."""
 
     body: dict[str, Any] = msgspec.field(default_factory=dict)
 
 
-REQUEST_TYPES: tuple[type[BaseReq], ...] = (ResidencyRequest, AdvisoryBatch, AdvisoryTick)
+REQUEST_TYPES: tuple[type[BaseReq], ...] = (
+    ResidencyRequest,
+    AdvisoryBatch,
+    AdvisoryTick,
+    SessionRestore,
+)
 REPLY_TYPES: tuple[type[BaseReq], ...] = (ControlReply,)
 COMMUNICATOR_NAME = "symphony"

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from symphony_sglang.engine.storage_view import nvme_use
+
 
 @dataclass(frozen=True, slots=True)
 class LevelUse:
@@ -69,6 +71,7 @@ def residency(cache: Any) -> dict[str, Any]:
         "levels": {
             "device": device_use(cache).as_json(),
             "host": None if host is None else host.as_json(),
+            "nvme": nvme_use(),
         },
         "counters": {
             **cache.level_counters.as_json(),

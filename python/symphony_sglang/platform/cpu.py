@@ -55,5 +55,9 @@ class PortableTorchPlatform(CpuDeviceMixin, SRTPlatform):
     def init_backend(self) -> None:
         register_attention_backend()
 
+    def get_device(self, device_id: int = 0) -> str:  # type: ignore[override]
+        """By name: SGLang splits it (serving_hook.py:658); its CPU mixin returns a torch.device."""
+        return "cpu"
+
     def is_pin_memory_available(self, device: Any = None) -> bool:
         return False

@@ -19,6 +19,16 @@ _MODEL_FEATURES: tuple[tuple[str, str], ...] = (
     ("linear_num_value_heads", "linear attention layers"),
     ("quantization_config", "quantized weights"),
 )
+# What ``refuse_unsupported`` reads of SGLang's arguments.
+SUPPORT_FIELDS = (
+    "model_path",
+    "revision",
+    "speculative_algorithm",
+    "quantization",
+    "enable_lora",
+    "lora_paths",
+    "kv_cache_dtype",
+)
 _MODEL_TYPES = {
     "mamba": "state-space layers (Mamba)",
     "mamba2": "state-space layers (Mamba)",
