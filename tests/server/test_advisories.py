@@ -60,7 +60,7 @@ def test_advised_session_is_on_the_device_when_its_turn_comes(worker: Server) ->
     ready = receipt_in(worker, receipt["advisory_id"], "ready")
     assert ready["tokens"]["device"] == SESSION_TOKENS
     assert ready["bytes"]["host_to_device"] > 0
-    advised = worker.greedy_one(turn)
+    advised = worker.greedy_one(turn, session_id="a1")
     assert cached(advised) == {"device": SESSION_TOKENS, "host": 0, "storage": 0}
     assert receipt_in(worker, receipt["advisory_id"], "used")["reason"] == ""
 

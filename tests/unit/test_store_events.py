@@ -122,7 +122,7 @@ def test_more_records_in_one_commit_than_are_kept(tmp_path: Path) -> None:
     ],
 )
 def test_records_out_of_bounds_are_refused(tmp_path, kind, identity, body, message) -> None:
-    with open_store(tmp_path) as store:
+    with open_store(tmp_path, record_bytes_max=65536) as store:
         with pytest.raises(StoreError, match=message):
             store.put_record(kind, identity, body)
         assert store.records("k") == {}

@@ -33,6 +33,7 @@ clock = SystemClock()
 
 # The largest body that is read at all: input_ids of the longest allowed prefix, in decimal.
 BODY_BYTES_MAX = 16 << 20
+DRAIN_BYTES_MAX = 4 * BODY_BYTES_MAX
 
 
 def tokenizer_manager() -> Any:
@@ -78,14 +79,16 @@ def require_our_cache() -> None:
 
 async def read_body(request: Request) -> Any:
     """The decoded JSON body, or a 4xx that says what is wrong with it."""
-    length = request.headers.get("content-length", "0")
-    if length.isdecimal() and int(length) > BODY_BYTES_MAX:
-        raise HTTPException(413, f"body of {length} bytes; expected at most {BODY_BYTES_MAX}")
-    content = bytearray()
+    content, size = bytearray(), 0
     async for chunk in request.stream():
-        content += chunk
-        if len(content) > BODY_BYTES_MAX:
-            raise HTTPException(413, f"body over {BODY_BYTES_MAX} bytes")
+        size += len(chunk)
+        # A client that is still sending reads no answer: swallow some more before giving one.
+        if size > DRAIN_BYTES_MAX:
+            break
+        if size <= BODY_BYTES_MAX:
+            content += chunk
+    if size > BODY_BYTES_MAX:
+        raise HTTPException(413, f"body of over {BODY_BYTES_MAX} bytes; expected at most that")
     try:
         return orjson.loads(bytes(content))
     except orjson.JSONDecodeError as error:

@@ -6,10 +6,15 @@ which the sessions between have pushed off the device: its third turn finds its 
 sent once more, it finds it on the device; and sent under a cache salt of its own, it finds nothing.
 So the samples of all levels interleave in time, a slow moment of the machine meets them all, and
 the same prompt is answered from everywhere: its greedy tokens must be the same each time.
+
+Where the worker has an NVMe level and takes advisories (`lower_levels`), each returning session
+then comes back twice more after the cache was flushed: once as it is, found on disk, and once
+advised beforehand, found on the device.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -23,6 +28,8 @@ from symphony_sglang.workload.prompts import FIRST_TOKEN_ID
 from symphony_sglang.workload.replay_report import Source, source_of
 
 RETURNING_TURN = 3
+POLLS_MAX = 200
+POLL_SECONDS = 0.05
 WARM_UP_REQUESTS = 3
 
 
@@ -41,6 +48,7 @@ class ConversationRules:
     answer_tokens: int = 16
     vocab: int = 4096
     seed: int = 0
+    lower_levels: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.lag < self.sessions <= 10_000:
@@ -56,15 +64,21 @@ class ConversationRules:
     @property
     def request_count(self) -> int:
         returning = self.sessions - self.lag
-        return 2 * self.sessions + 3 * returning
+        return 2 * self.sessions + (5 if self.lower_levels else 3) * returning
 
 
 class Visit(NamedTuple):
-    """One request to make: which turn of which session, and whether under a salt of its own."""
+    """One request to make: which turn of which session, and whether under a salt of its own.
+
+    With `flushed` the cache is emptied first, so that only the disk has the prefix; with `advised`
+    the worker is told of the turn, and given the time to bring it up.
+    """
 
     session: int
     turn: int
     anew: bool = False
+    flushed: bool = False
+    advised: bool = False
 
 
 class Sample(NamedTuple):
@@ -93,6 +107,10 @@ def plan_visits(rules: ConversationRules) -> Iterator[Visit]:
             yield Visit(step - rules.lag, RETURNING_TURN)
             yield Visit(step - rules.lag, RETURNING_TURN)
             yield Visit(step - rules.lag, RETURNING_TURN, anew=True)
+    if rules.lower_levels:
+        for session in range(rules.sessions - rules.lag):
+            yield Visit(session, RETURNING_TURN, flushed=True)
+            yield Visit(session, RETURNING_TURN, flushed=True, advised=True)
 
 
 @dataclass(slots=True)
@@ -141,13 +159,54 @@ async def converse(
         prompt = conversations.prompt(visit.session, visit.turn)
         name = f"{run_id}/conversation-{visit.session}"
         salt = f"{name}/anew" if visit.anew else run_id
+        if visit.flushed:
+            await flush(client)
+        if visit.advised:
+            await advise(client, name, salt)
         result = await ask(client, prompt, rules.answer_tokens, session_id=name, salt=salt)
         # Later prompts go on from the first answer; whether the others agree is checked at the end.
         conversations.answers.setdefault((visit.session, visit.turn), result.output_ids)
-        sample = Sample(visit, source_of(result.prompt_tokens, result.cached), result)
+        source = source_of(result.prompt_tokens, result.cached)
+        if visit.advised and source is Source.DEVICE:
+            source = Source.ADVISED
+        sample = Sample(visit, source, result)
         samples.append(sample)
         on_sample(sample)
     return samples
+
+
+async def flush(client: GenerateClient) -> None:
+    """Empty the cache; pages still on their way to disk make the worker ask for patience.
+
+    Raises:
+        ServerUnavailableError: the worker does not become idle.
+    """
+    for _ in range(POLLS_MAX):
+        status, _body = await client.ask("POST", "/flush_cache")
+        if status == 200:
+            return
+        await asyncio.sleep(POLL_SECONDS)
+    raise ServerUnavailableError(f"{client.url}: /flush_cache answers {status}: it is never idle")
+
+
+async def advise(client: GenerateClient, session_id: str, salt: str) -> None:
+    """Tell the worker that the session's turn is coming, and wait until it says ready.
+
+    Raises:
+        ServerUnavailableError: the hint is refused, or never ends in ready.
+    """
+    hint = {"session_id": session_id, "cache_salt": salt}
+    status, body = await client.ask("POST", "/symphony/advise", hint)
+    if status != 202:
+        raise ServerUnavailableError(f"{client.url}: an advisory is answered with {status}: {body}")
+    receipt = body["receipts"][0]
+    for _ in range(POLLS_MAX):
+        path = f"/symphony/advisories/{receipt['advisory_id']}"
+        status, receipt = await client.ask("GET", path)
+        if receipt["state"] == "ready":
+            return
+        await asyncio.sleep(POLL_SECONDS)
+    raise ServerUnavailableError(f"{client.url}: advisory of {session_id} is not ready: {receipt}")
 
 
 async def warm_up(client: GenerateClient, rules: ConversationRules, run_id: str) -> None:

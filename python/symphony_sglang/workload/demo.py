@@ -34,6 +34,9 @@ DTYPE = "float32"
 # Four conversations of 2,000 tokens fit, so one is pushed out before it returns after five others.
 DEVICE_TOKENS = 9_000
 HOST_GB = 1.0
+NVME_GB = 1.0
+# `storage` is SGLang's word for what lies below the host level.
+LEVELS = ("device", "host", "storage", "advised")
 
 
 def add_parser(subparsers: Any) -> None:
@@ -49,9 +52,9 @@ def add_parser(subparsers: Any) -> None:
     add("--sessions", type=int, default=12, metavar="N", help="conversations; default 12")
     add(
         "--expect",
-        default="device,host",
+        default=",".join(LEVELS),
         metavar="LEVELS",
-        help="levels that must be hit, of device, host and storage; default device,host",
+        help=f"levels that must be hit, of {', '.join(LEVELS)}; default all",
     )
     add("--seed", type=int, default=0, metavar="N", help="of the conversations")
     add("worker_arguments", nargs="*", metavar="-- FLAG", help="flags for the worker")
@@ -90,7 +93,12 @@ def demonstrate(arguments: argparse.Namespace, console: Console, clock: Clock) -
     from symphony_sglang.workload.worker_process import WorkerProcess
 
     expected = parse_levels(arguments.expect)
-    rules = ConversationRules(sessions=arguments.sessions, vocab=VOCAB, seed=arguments.seed)
+    rules = ConversationRules(
+        sessions=arguments.sessions,
+        vocab=VOCAB,
+        seed=arguments.seed,
+        lower_levels=bool({"storage", "advised"} & set(expected)),
+    )
     assert rules.lag * rules.tokens_per_session > DEVICE_TOKENS
     directory = Path(arguments.dir)
     model = directory / "model"
@@ -102,6 +110,8 @@ def demonstrate(arguments: argparse.Namespace, console: Console, clock: Clock) -
             *("--model-path", str(model)),
             *("--max-total-tokens", str(DEVICE_TOKENS)),
             *("--symphony-host-gb", str(HOST_GB)),
+            *("--symphony-nvme-dir", str(directory / "pages")),
+            *("--symphony-nvme-gb", str(NVME_GB)),
             *arguments.worker_arguments,
         ],
         log_path=directory / "worker.log",
@@ -128,11 +138,10 @@ def parse_levels(text: str) -> list[str]:
     Raises:
         ConfigError: a name is unknown.
     """
-    known = ("device", "host", "storage")
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
-        if name not in known:
-            raise ConfigError(f"--expect has {name!r}; expected levels of {', '.join(known)}")
+        if name not in LEVELS:
+            raise ConfigError(f"--expect has {name!r}; expected levels of {', '.join(LEVELS)}")
     return names
 
 

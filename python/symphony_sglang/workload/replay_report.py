@@ -28,6 +28,7 @@ class Source(Enum):
     STORAGE = "storage"
     HOST = "host"
     DEVICE = "device"
+    ADVISED = "advised"  # on the device because of an advisory; only who sent one knows
 
 
 def source_of(prompt_tokens: int, cached: CachedTokens) -> Source:

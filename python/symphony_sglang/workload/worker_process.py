@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -21,6 +22,9 @@ from symphony_sglang.clock import Clock, SystemClock
 from symphony_sglang.errors import ConfigError, ServerUnavailableError
 
 HOST = "127.0.0.1"
+# Below Linux's ephemeral range (32768 and up), above the well-known services.
+PORT_RANGE = (20_000, 32_000)
+PORT_TRIES_MAX = 200
 READY_SECONDS_MAX = 300.0
 TERMINATE_SECONDS_MAX = 20.0
 KILL_SECONDS_MAX = 10.0
@@ -31,10 +35,21 @@ TAIL_BYTES_MAX = 64 << 10
 
 
 def free_port() -> int:
-    """A TCP port that nothing listens on now; another process may still take it before its use."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
+    """A TCP port that nothing listens on now.
+
+    Outside the range from which the system serves outgoing connections: there, a client of another
+    server would take it before the worker, which binds only after it has loaded its model.
+    """
+    chooser = random.SystemRandom()
+    for _ in range(PORT_TRIES_MAX):
+        port = chooser.randrange(*PORT_RANGE)
+        with socket.socket() as probe:
+            try:
+                probe.bind((HOST, port))
+            except OSError:
+                continue
+            return port
+    raise ServerUnavailableError(f"no free port found in {PORT_RANGE} in {PORT_TRIES_MAX} tries")
 
 
 def port_of(arguments: Sequence[str]) -> int | None:
