@@ -47,20 +47,31 @@ class Server:
         self.url = worker.url
         self.model = model
 
-    def call(self, method: str, path: str, body: Any = None, *, raw: bytes | None = None) -> Answer:
+    def call(
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        *,
+        raw: bytes | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> Answer:
         data = raw if raw is not None else (None if body is None else json.dumps(body).encode())
         request = urllib.request.Request(
-            self.url + path, data, {"Content-Type": "application/json"}, method=method
+            self.url + path,
+            data,
+            {"Content-Type": "application/json", **(headers or {})},
+            method=method,
         )
         try:
             with urllib.request.urlopen(request, timeout=300) as answer:
-                content, status, headers = answer.read(), answer.status, dict(answer.headers)
+                content, status, got = answer.read(), answer.status, dict(answer.headers)
         except urllib.error.HTTPError as error:
-            content, status, headers = error.read(), error.code, dict(error.headers)
+            content, status, got = error.read(), error.code, dict(error.headers)
         try:
-            return Answer(status, json.loads(content), headers)
+            return Answer(status, json.loads(content), got)
         except ValueError:
-            return Answer(status, content.decode(errors="replace"), headers)
+            return Answer(status, content.decode(errors="replace"), got)
 
     def generate(self, body: dict[str, Any]) -> Any:
         answer = self.call("POST", "/generate", body)

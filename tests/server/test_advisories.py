@@ -239,3 +239,81 @@ def test_envelope_answers_each_action(worker: Server) -> None:
 def test_unknown_advisory_is_404(worker: Server) -> None:
     assert worker.call("GET", "/symphony/advisories/adv-none").status == 404
     assert worker.call("DELETE", "/symphony/advisories/adv-none").status == 404
+
+
+@pytest.mark.parametrize(
+    "header", ["X-Session-ID", "x-smg-routing-key", "x-claude-code-session-id", "session-id"]
+)
+def test_session_header_stands_in_for_the_body(worker: Server, header: str) -> None:
+    session_id = f"by-{header}"
+    chat = {"messages": [{"role": "user", "content": "hello " * 40}], "max_tokens": 2}
+    body = {**chat, "model": str(worker.model), "temperature": 0}
+    answer = worker.call("POST", "/v1/chat/completions", body, headers={header: session_id})
+    assert answer.status == 200, answer
+    assert worker.call("GET", f"/symphony/sessions/{session_id}").body["turns"] == 1
+
+
+def envelope(**payload: Any) -> dict[str, Any]:
+    action = {"action_id": "next", "action_type": "prefetch", "action_version": "1"}
+    return {
+        "protocol_version": "0.1",
+        "message_id": "ride",
+        "actions": [{**action, "payload": payload}],
+    }
+
+
+def live_advisories(server: Server, session_id: str) -> list[dict[str, Any]]:
+    for _ in range(100):
+        view = server.call("GET", f"/symphony/sessions/{session_id}")
+        if view.status == 200 and view.body["advisories"]:
+            return list(view.body["advisories"])
+        time.sleep(0.02)
+    return []
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_hint_riding_on_generate_is_about_the_turn_after(worker: Server, stream: bool) -> None:
+    session_id = f"ride-{stream}"
+    body = {
+        "input_ids": prompt(40 + stream),
+        "session_id": session_id,
+        "stream": stream,
+        "sampling_params": {"max_new_tokens": 4, "temperature": 0},
+        "kv_hints": envelope(expires_in_s=30),
+    }
+    assert worker.call("POST", "/generate", body).status == 200
+    (advisory,) = live_advisories(worker, session_id)
+    assert advisory["action_id"] == "next"
+
+
+def test_hint_riding_on_a_chat_request(worker: Server) -> None:
+    body = {
+        "model": str(worker.model),
+        "messages": [{"role": "user", "content": "hello " * 60}],
+        "max_tokens": 2,
+        "session_id": "ride-chat",
+        "kv_hints": envelope(expires_in_s=30),
+    }
+    assert worker.call("POST", "/v1/chat/completions", body).status == 200
+    assert len(live_advisories(worker, "ride-chat")) == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/generate", {"input_ids": [300, 301]}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]}),
+    ],
+)
+def test_malformed_riding_hint_is_a_400(worker: Server, path: str, body: dict[str, Any]) -> None:
+    bad = {**body, "model": str(worker.model), "kv_hints": envelope(expires_in_s=-1)}
+    answer = worker.call("POST", path, {**bad, "session_id": "bad-ride"})
+    assert answer.status == 400, answer
+    assert "expires_in_s" in str(answer.body)
+
+
+def test_riding_hint_without_any_session_is_a_400(worker: Server) -> None:
+    body = {"input_ids": [300, 301], "kv_hints": envelope()}
+    answer = worker.call("POST", "/generate", body)
+    assert answer.status == 400
+    assert "session_id" in str(answer.body)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import openai
 import pytest
 from conftest import DEVICE_TOKENS, PAGE_SIZE, VOCAB, Server, cached
 from prompts import mixed_prompts
@@ -74,6 +75,31 @@ def test_greedy_tokens_are_equal_on_every_level(worker: Server) -> None:
 
 def test_greedy_tokens_are_equal_over_two_ranks(tp_worker: Server) -> None:
     check_equality(tp_worker, PROMPT_COUNT)
+
+
+def test_routes_answer_alike_over_two_ranks(tp_worker: Server) -> None:
+    client = openai.OpenAI(base_url=tp_worker.url + "/v1", api_key="unused", max_retries=0)
+    arguments: dict[str, Any] = {
+        "model": str(tp_worker.model),
+        "messages": [{"role": "user", "content": "What does def start?"}],
+        "temperature": 0,
+        "max_tokens": 8,
+    }
+    whole = client.chat.completions.create(**arguments).choices[0].message.content
+    pieces = [
+        event.choices[0].delta.content or ""
+        for event in client.chat.completions.create(stream=True, **arguments)
+        if event.choices
+    ]
+    assert whole == "".join(pieces)
+    text = client.completions.create(
+        model=str(tp_worker.model), prompt="import os", temperature=0, max_tokens=4
+    )
+    assert text.usage is not None
+    assert text.usage.completion_tokens <= 4
+    bad = tp_worker.call("POST", "/generate", {"input_ids": [VOCAB]})
+    assert bad.status == 400
+    assert tp_worker.generate({"text": "import os", "sampling_params": {"max_new_tokens": 2}})
 
 
 def test_host_hit_moves_what_residency_counts(worker: Server) -> None:

@@ -87,6 +87,9 @@ def _register_request_hooks() -> None:
     HookRegistry.register(
         request_hooks.VALIDATE_HOOK, request_hooks.check_token_ids, HookType.BEFORE
     )
+    HookRegistry.register(
+        request_hooks.GENERATE_HOOK, request_hooks.generate_with_hints, HookType.AROUND
+    )
 
 
 def _bind_rank(_scheduler: Any, *args: Any, **kwargs: Any) -> None:
