@@ -146,45 +146,40 @@ async def post_advise(request: Request) -> ORJSONResponse:
     return ORJSONResponse(answer, 202)
 
 
+async def known(request: Request, action: AdvisoryAction) -> dict[str, Any]:
+    """The schedulers' answer about one advisory or session; 404 for what they do not know."""
+    require_our_cache()
+    answer = await submit(request, action)
+    if not answer or (action.verb == "release" and answer.get("status") == "missing"):
+        name = action.advisory_id or action.session_id or ""
+        kind = "session" if action.verb in ("session", "release") else "advisory"
+        raise HTTPException(404, f"{kind} {name[:256]!r} is not known")
+    return answer
+
+
 @router.get("/advisories/{advisory_id}")
 @auth_level(AuthLevel.NORMAL)
 async def get_advisory(advisory_id: str, request: Request) -> dict[str, Any]:
     """A receipt with its life so far."""
-    require_our_cache()
-    answer = await submit(request, AdvisoryAction(verb="receipt", advisory_id=advisory_id))
-    if not answer:
-        raise HTTPException(404, f"advisory {advisory_id[:256]!r} is not known")
-    return answer
+    return await known(request, AdvisoryAction(verb="receipt", advisory_id=advisory_id))
 
 
 @router.delete("/advisories/{advisory_id}")
 @auth_level(AuthLevel.NORMAL)
 async def delete_advisory(advisory_id: str, request: Request) -> dict[str, Any]:
     """Cancel; of one that already ended, the receipt as it is."""
-    require_our_cache()
-    answer = await submit(request, AdvisoryAction(verb="cancel", advisory_id=advisory_id))
-    if not answer:
-        raise HTTPException(404, f"advisory {advisory_id[:256]!r} is not known")
-    return answer
+    return await known(request, AdvisoryAction(verb="cancel", advisory_id=advisory_id))
 
 
 @router.get("/sessions/{session_id:path}")
 @auth_level(AuthLevel.NORMAL)
 async def get_session(session_id: str, request: Request) -> dict[str, Any]:
     """Where a session's tokens are, and its live advisories."""
-    require_our_cache()
-    answer = await submit(request, AdvisoryAction(verb="session", session_id=session_id))
-    if not answer:
-        raise HTTPException(404, f"session {session_id[:256]!r} is not known")
-    return answer
+    return await known(request, AdvisoryAction(verb="session", session_id=session_id))
 
 
 @router.delete("/sessions/{session_id:path}")
 @auth_level(AuthLevel.NORMAL)
 async def delete_session(session_id: str, request: Request) -> dict[str, Any]:
     """The session is over: forget it, and let its memory go."""
-    require_our_cache()
-    answer = await submit(request, AdvisoryAction(verb="release", session_id=session_id))
-    if answer.get("status") == "missing":
-        raise HTTPException(404, f"session {session_id[:256]!r} is not known")
-    return answer
+    return await known(request, AdvisoryAction(verb="release", session_id=session_id))
