@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -72,6 +73,9 @@ def serve(argv: Sequence[str]) -> None:
         SymphonyError: something in the settings or the model cannot run, with a one-line reason.
     """
     config, rest = split_arguments(argv)
+    # SGLang sets logging up only once it has parsed its arguments; our choices come before that.
+    logging.basicConfig(format="[%(asctime)s] %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
+    logging.getLogger("symphony_sglang").setLevel(logging.INFO)
     if wants_cpu(rest):
         os.environ[FORCE_CPU_VARIABLE] = "1"
     from sglang.launch_server import run_server

@@ -68,6 +68,12 @@ def test_text_completion(worker: Server, client: openai.OpenAI) -> None:
     assert answer.usage.completion_tokens <= 6
 
 
+def test_log_says_in_one_line_that_this_is_a_cpu(worker: Server) -> None:
+    log = worker.worker.log_path.read_text()
+    assert log.count("CPU: portable torch platform") == 1
+    assert "host level: 0.40 GB per rank" in log
+
+
 def test_generate_takes_text_and_ids_alike(worker: Server) -> None:
     parameters = {"temperature": 0, "max_new_tokens": 10, "ignore_eos": True}
     text = worker.generate({"text": "class Cache:", "sampling_params": parameters})

@@ -34,6 +34,12 @@ def test_users_choices_are_left_alone() -> None:
     assert not {"--page-size", "--radix-cache-backend", "--hicache-mem-layout"} & set(words)
 
 
+def test_cpu_level_is_not_sized_against_sglangs_reserve() -> None:
+    words = launch.level_arguments(set(), host_gb=1.0, on_cpu=True)
+    assert words[words.index("--hicache-ratio") + 1] == "2.0"
+    assert "--hicache-size" not in words
+
+
 def test_no_host_level_leaves_the_hierarchical_cache_off() -> None:
     words = launch.level_arguments(set(), host_gb=0, on_cpu=True)
     assert "--enable-hierarchical-cache" not in words

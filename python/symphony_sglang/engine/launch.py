@@ -20,6 +20,8 @@ GIB = 1 << 30
 # tiered-cache guides use 64 on GPUs; on CPUs copies are cheap to issue.
 PAGE_SIZE_CPU = 16
 PAGE_SIZE_GPU = 64
+# Weights and device level of a CPU machine: the host level and everything else live there too.
+MEMORY_SHARE_CPU = 0.4
 # Decided once, here: ranks that measured free memory themselves would size their levels apart.
 AUTOMATIC_HOST_GB_VARIABLE = "SYMPHONY_AUTOMATIC_HOST_GB"
 # SGLang refuses to size a pinned pool into the last 10 GiB (pool_host/base.py:31).
@@ -76,8 +78,13 @@ def level_arguments(explicit: Collection[str], *, host_gb: float, on_cpu: bool) 
             ("hicache_mem_layout", ["--hicache-mem-layout", "page_first_direct"]),
             ("hicache_io_backend", ["--hicache-io-backend", "direct"]),
         ]
-        if not on_cpu and not {"hicache_size", "hicache_ratio"} & set(explicit):
-            wanted.append(("hicache_size", ["--hicache-size", str(max(1, round(host_gb)))]))
+        if not {"hicache_size", "hicache_ratio"} & set(explicit):
+            # On a CPU our own pool decides the size; a ratio keeps SGLang from sizing it against
+            # its reserve of 10 GiB, and from refusing to start on a machine that has less.
+            size = ["--hicache-ratio", "2.0"]
+            if not on_cpu:
+                size = ["--hicache-size", str(max(1, round(host_gb)))]
+            wanted.append(("hicache_size", size))
     return [word for field, words in wanted if field not in explicit for word in words]
 
 
@@ -129,6 +136,8 @@ def complete_arguments(argv: Sequence[str], config: SymphonyConfig) -> list[str]
             "CPU: portable torch platform, %d cores, own attention backend, no overlap schedule",
             len(os.sched_getaffinity(0)),
         )
+        if not {"max_total_tokens", "mem_fraction_static"} & explicit:
+            completed += ["--mem-fraction-static", str(MEMORY_SHARE_CPU)]
     if config.off or "disable_radix_cache" in explicit:
         return completed
     namespace = read_fields(
