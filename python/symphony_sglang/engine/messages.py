@@ -66,11 +66,5 @@ class ControlReply(BaseReq):
     body: dict[str, Any] = msgspec.field(default_factory=dict)
 
 
-REQUEST_TYPES: tuple[type[BaseReq], ...] = (
-    ResidencyRequest,
-    AdvisoryBatch,
-    AdvisoryTick,
-    SessionRestore,
-)
 REPLY_TYPES: tuple[type[BaseReq], ...] = (ControlReply,)
 COMMUNICATOR_NAME = "symphony"

@@ -30,12 +30,12 @@ def register() -> None:
 
 
 def _register_attention_choice() -> None:
-    from sglang.srt.arg_groups import choices
+    from symphony_sglang.platform.attention import (
+        register_attention_backend,
+        register_attention_choice,
+    )
 
-    from symphony_sglang.platform.attention import BACKEND_NAME, register_attention_backend
-
-    if BACKEND_NAME not in choices.ATTENTION_BACKEND_CHOICES:
-        choices.add_attention_backend_choices([BACKEND_NAME])
+    register_attention_choice()
     register_attention_backend()
 
 
