@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # EXTRA=gpu installs the whole of SGLang with its CUDA stack; the default is the CPU set.
 EXTRA ?= cpu
+# What decides, keeps bytes and moves them is checked strictly.
+STRICT := $(wildcard $(addprefix python/symphony_sglang/,core store wire router sim telemetry))
 STAMP := $(VENV)/.setup-$(EXTRA)
 
 .PHONY: setup demo test soak lint bench clean
@@ -22,7 +24,7 @@ endif
 lint: $(STAMP)
 	$(BIN)/ruff format --check python tests benchmark
 	$(BIN)/ruff check python tests benchmark
-	$(BIN)/mypy --strict python/symphony_sglang/core python/symphony_sglang/store
+	$(BIN)/mypy --strict $(STRICT)
 	$(BIN)/mypy python/symphony_sglang
 	$(BIN)/lint-imports
 
