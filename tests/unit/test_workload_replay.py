@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import signal
@@ -18,7 +19,9 @@ from workload_stand_in import VOCAB, StandIn
 
 from symphony_sglang import cli
 from symphony_sglang.clock import SystemClock
+from symphony_sglang.errors import ServerUnavailableError
 from symphony_sglang.workload import replay
+from symphony_sglang.workload.advice import AdviceRules, Adviser
 from symphony_sglang.workload.generate_client import CachedTokens
 from symphony_sglang.workload.replay_driver import ReplayCounts, RequestRecord
 from symphony_sglang.workload.replay_report import (
@@ -198,6 +201,54 @@ def test_think_times_are_kept_to_scale(tmp_path: Path) -> None:
         _, _, (first, second) = run_replay(server, trace, tmp_path, "--time-scale", "0.01")
     gap = second["sent_seconds"] - first["sent_seconds"] - first["latency_seconds"]
     assert 0.3 <= gap < 1.5
+
+
+def test_each_turn_but_the_first_is_advised_in_time(tmp_path: Path) -> None:
+    trace = write_trace(tmp_path / "t", [claude_code("a", [64, 128, 192], think=50.0)])
+    with StandIn() as server:
+        _, _, records = run_replay(
+            server, trace, tmp_path, "--time-scale", "0.01", "--advise-lead", "0.2"
+        )
+        assert [hint["session_id"] for hint in server.hints] == ["0/a", "0/a"]
+        # Each came after its turn's answer and before the next request.
+        assert [hint["after"] for hint in server.hints] == [1, 2]
+    assert "lead_seconds" not in records[0]
+    assert all(0.1 < record["lead_seconds"] <= 0.2 for record in records[1:])
+
+
+def test_hints_are_left_out_and_false_as_asked(tmp_path: Path) -> None:
+    lines = [claude_code(str(i), [64] * 11, out=1) for i in range(10)]
+    trace = write_trace(tmp_path / "t", lines)
+    counts = []
+    for flags in ((), ("--advise-missing", "0.5"), ("--advise-false", "0.6")):
+        with StandIn() as server:
+            _, _, records = run_replay(
+                server, trace, tmp_path, "--time-scale", "0", "--advise-lead", "1", *flags
+            )
+            counts.append((len(server.hints), sum("lead_seconds" in r for r in records)))
+    assert counts[0] == (100, 100)
+    assert counts[1][0] == counts[1][1]
+    assert 30 <= counts[1][0] <= 70
+    # 60 % false: one and a half wrong hints for each true one, but none while nobody else is known.
+    assert counts[2][1] == 100
+    assert 230 <= counts[2][0] <= 260
+
+
+def test_a_server_without_the_route_costs_the_replay_nothing(tmp_path: Path) -> None:
+    adviser = Adviser(Deaf(), AdviceRules(), seed=0)
+    asyncio.run(adviser.send("a", true=True, expected_in_seconds=1.0))
+    asyncio.run(adviser.send("gone", true=False, expected_in_seconds=1.0))
+    assert adviser.statuses == {"http_404": 1, "unanswered": 1}
+    assert (adviser.sent_true, adviser.sent_false) == (1, 1)
+
+
+class Deaf:
+    """A server without our routes, which is gone at the second question."""
+
+    async def ask(self, method: str, path: str, body: Any = None) -> tuple[int, Any]:
+        if body["session_id"] == "gone":
+            raise ServerUnavailableError("refused")
+        return 404, {"detail": "Not Found"}
 
 
 def test_arrivals_are_an_open_loop(tmp_path: Path) -> None:

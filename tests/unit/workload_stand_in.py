@@ -33,6 +33,7 @@ class StandIn:
     corrupt_host: bool = False
     delay_seconds: float = 0.0
     requests: list[dict[str, Any]] = field(default_factory=list)
+    hints: list[dict[str, Any]] = field(default_factory=list)
     in_flight: int = 0
     in_flight_max: int = 0
     gone: bool = False
@@ -64,6 +65,7 @@ class StandIn:
                 web.get("/v1/models", self.models),
                 web.post("/tokenize", self.tokenize),
                 web.post("/generate", self.generate),
+                web.post("/symphony/advise", self.advise),
             ]
         )
         runner = web.AppRunner(app, shutdown_timeout=0.5)
@@ -118,6 +120,14 @@ class StandIn:
         while len(self.device) > self.device_pages:
             self.host.add(self.device.popitem(last=False)[0])
         return device, host
+
+    async def advise(self, request: web.Request) -> web.Response:
+        """Accepts what names a session that has been here; remembers when it came."""
+        body = await request.json()
+        seen = {sent.get("session_id") for sent in self.requests}
+        self.hints.append({**body, "after": len(self.requests)})
+        status = "accepted" if body["session_id"] in seen else "missing"
+        return web.json_response({"receipts": [{"status": status}]}, status=202)
 
     async def generate(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()

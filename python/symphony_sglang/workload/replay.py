@@ -87,6 +87,26 @@ def add_parser(subparsers: Any) -> None:
     add(
         "--keep-output-ids", action="store_true", help="write output token ids, not only their hash"
     )
+    add(
+        "--advise-lead",
+        type=float,
+        metavar="S",
+        help="advise each session S seconds before its next turn (less, where it thinks shorter)",
+    )
+    add(
+        "--advise-missing",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="share of those hints that are left out",
+    )
+    add(
+        "--advise-false",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="share of all hints sent that name a session which is not about to return",
+    )
     add("--on-error", choices=("raise", "skip"), default="raise", help="what a broken line does")
     add("--request-timeout", type=float, default=600.0, metavar="S", help="seconds for one request")
     add("--api-key", metavar="KEY", help="sent as a bearer token")
@@ -192,6 +212,7 @@ def rules_of(arguments: argparse.Namespace, facts: ServerFacts) -> ReplayRules:
     Raises:
         ConfigError: the vocabulary is not known, or a limit is over the server's.
     """
+    from symphony_sglang.workload.advice import AdviceRules
     from symphony_sglang.workload.prompts import Limits
     from symphony_sglang.workload.replay_driver import ReplayRules
 
@@ -233,6 +254,13 @@ def rules_of(arguments: argparse.Namespace, facts: ServerFacts) -> ReplayRules:
         share_system_prefix=arguments.share_system_prefix,
         stream=not arguments.no_stream,
         keep_output_ids=arguments.keep_output_ids,
+        advice=None
+        if arguments.advise_lead is None
+        else AdviceRules(
+            lead_seconds=arguments.advise_lead,
+            missing_share=arguments.advise_missing,
+            false_share=arguments.advise_false,
+        ),
     )
 
 

@@ -18,6 +18,7 @@ import msgspec
 
 from symphony_sglang.clock import Clock
 from symphony_sglang.errors import ConfigError, ServerUnavailableError
+from symphony_sglang.workload.advice import FALSE_SHARE_MAX, AdviceRules, Adviser, advice_time
 from symphony_sglang.workload.generate_client import CachedTokens, GenerateClient
 from symphony_sglang.workload.prompts import (
     Limits,
@@ -50,6 +51,8 @@ class ReplayRules:
     share_system_prefix: bool = False
     stream: bool = True
     keep_output_ids: bool = False
+    # Hints before each turn but the first; None sends none.
+    advice: AdviceRules | None = None
 
 
 class RequestRecord(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -70,6 +73,8 @@ class RequestRecord(msgspec.Struct, kw_only=True, omit_defaults=True):
     finish_reason: str = ""
     status: int = 0
     error: str | None = None
+    # How long before it was due its session was advised; None where it was not.
+    lead_seconds: float | None = None
 
 
 @dataclass(slots=True)
@@ -101,6 +106,7 @@ class ReplayDriver:
     clock: Clock
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
     counts: ReplayCounts = field(default_factory=ReplayCounts)
+    adviser: Adviser | None = field(init=False, default=None)
     _group: asyncio.TaskGroup = field(init=False)
     _in_flight: asyncio.Semaphore = field(init=False)
     _places: asyncio.Semaphore = field(init=False)
@@ -110,6 +116,8 @@ class ReplayDriver:
         """Replay to the end of the trace or of the bounds."""
         queue: asyncio.Queue[SessionPlan | None] = asyncio.Queue(SESSIONS_AHEAD_MAX)
         self._in_flight = asyncio.Semaphore(self.rules.concurrency)
+        if self.rules.advice is not None:
+            self.adviser = Adviser(self.client, self.rules.advice, self.rules.seed)
         try:
             async with asyncio.TaskGroup() as self._group:
                 self._group.create_task(self._read(queue))
@@ -189,14 +197,34 @@ class ReplayDriver:
                 self.counts.sessions_cut += 1
                 self.counts.requests_cut += unsent(plan, position)
                 return
+            lead: float | None = None
             if position:
                 due = self._due(planned, started, thinking)
+                lead = await self._advise(session_name(self.rules, filler), planned, due)
             await self._until(due)
-            record = await self._request(plan.session, planned, body, due)
+            record = await self._request(plan.session, planned, body, due, lead)
             if record.error is not None:
                 self.counts.requests_unsent += unsent(plan, position) - 1
                 return
+            if self.adviser is not None:
+                self.adviser.learn(session_name(self.rules, filler))
             self._start_subagents(plan, filler, planned)
+        if self.adviser is not None:
+            self.adviser.ended(session_name(self.rules, filler))
+
+    async def _advise(self, session_id: str, planned: PlannedTurn, due: float) -> float | None:
+        """Send this turn's hints when it is time to; gives the lead of the true one, if any.
+
+        The hints go out beside the session: one that is answered late delays no request.
+        """
+        if self.adviser is None:
+            return None
+        targets = self.adviser.targets(session_id, planned.index)
+        await self._until(advice_time(due, self._now(), self.adviser.rules.lead_seconds))
+        left = due - self._now()
+        for target, true in targets:
+            self._group.create_task(self.adviser.send(target, true=true, expected_in_seconds=left))
+        return left if any(true for _, true in targets) else None
 
     def _start_subagents(
         self, plan: SessionPlan, filler: PromptFiller, planned: PlannedTurn
@@ -226,7 +254,7 @@ class ReplayDriver:
         """The request, ready to send; None if a text is longer than the server takes."""
         rules, prompt = self.rules, planned.turn.prompt
         fields: dict[str, object] = {
-            "session_id": f"{rules.seed}/{filler.session.session_id}",
+            "session_id": session_name(rules, filler),
             "stream": rules.stream,
             "sampling_params": {
                 "temperature": 0.0,
@@ -247,7 +275,12 @@ class ReplayDriver:
         return msgspec.json.encode(fields)
 
     async def _request(
-        self, session: Session, planned: PlannedTurn, body: bytes, due: float
+        self,
+        session: Session,
+        planned: PlannedTurn,
+        body: bytes,
+        due: float,
+        lead_seconds: float | None,
     ) -> RequestRecord:
         async with self._in_flight:
             sent = self._now()
@@ -268,6 +301,7 @@ class ReplayDriver:
             finish_reason=result.finish_reason,
             status=result.status,
             error=result.error,
+            lead_seconds=lead_seconds,
         )
         self.on_record(record)
         # Not refused but broken off: the connection failed, so the next requests may fail alike.
@@ -283,6 +317,11 @@ class ReplayDriver:
         wait = due - self._now()
         if wait > 0:
             await self.sleep(wait)
+
+
+def session_name(rules: ReplayRules, filler: PromptFiller) -> str:
+    """The session id that the server sees; a replay with another seed has other sessions."""
+    return f"{rules.seed}/{filler.session.session_id}"
 
 
 def unsent(plan: SessionPlan, position: int) -> int:
@@ -318,6 +357,12 @@ def check_rules(rules: ReplayRules) -> None:
         ("--max-prompt-tokens", rules.limits.prompt_tokens_max, 1, 1e9),
         ("--max-output-tokens", rules.limits.output_tokens_max, 1, 1e9),
     )
+    if rules.advice is not None:
+        numbers += (
+            ("--advise-lead", rules.advice.lead_seconds, 0, 3600),
+            ("--advise-missing", rules.advice.missing_share, 0, 1),
+            ("--advise-false", rules.advice.false_share, 0, FALSE_SHARE_MAX),
+        )
     for flag, value, low, high in numbers:
         if value is not None and not low <= value <= high:  # false for NaN too
             raise ConfigError(f"{flag} is {value:g}; expected a number from {low:g} to {high:g}")
