@@ -51,6 +51,8 @@ class AdvisoryDriver:
         self.keeper = SessionKeeper(sessions)
         self.scheduler: Any = None
         self.now_seconds = 0.0
+        # The last step neither started nor ended anything, and no hint came since.
+        self.settled = False
         self._seen: dict[str, None] = {}
         self._holding: dict[str, None] = {}
         host = cache.cache_controller.mem_pool_host
@@ -75,6 +77,7 @@ class AdvisoryDriver:
     def receive(self, batch: AdvisoryBatch) -> list[dict[str, Any]]:
         """Carry out a batch in order; one JSON-ready answer an action."""
         self.tick(batch.sent_seconds)
+        self.settled = False
         answers = [self._handle(action) for action in batch.actions]
         self._apply_locks()
         return answers
@@ -257,6 +260,9 @@ class AdvisoryDriver:
         self._release_admitted()
         self._yield_to_admission()
         plan = self.promoter.step(self._inputs())
+        moving = self.mover.stages_in_flight or self.mover.loads_in_flight
+        begun = plan.probes or plan.clips or plan.drops or plan.stages or plan.loads
+        self.settled = not (begun or moving)
         self._look_up(plan)
         self._start(plan)
         self._apply_locks()

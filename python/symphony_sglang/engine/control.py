@@ -8,6 +8,7 @@ from sglang.utils import TypeBasedDispatcher
 
 from symphony_sglang.clock import SystemClock
 from symphony_sglang.engine.cache import SymphonyCache
+from symphony_sglang.engine.idle import watch_while_idle
 from symphony_sglang.engine.messages import (
     AdvisoryBatch,
     AdvisoryTick,
@@ -35,6 +36,7 @@ def attach_control(_result: Any, scheduler: Any) -> None:
         return
     if cache.advisories is not None:
         cache.advisories.scheduler = scheduler
+        watch_while_idle(scheduler, cache.advisories)
     scheduler._request_dispatcher += TypeBasedDispatcher(
         [
             (ResidencyRequest, lambda _request: ControlReply(body=residency(cache))),

@@ -62,6 +62,12 @@ def add_parser(subparsers: Any) -> None:
         help="mean think time drawn for traces that have none; default 0",
     )
     add(
+        "--think-max",
+        type=float,
+        metavar="S",
+        help="longest pause between two turns of a session, after --time-scale",
+    )
+    add(
         "--session-rate",
         type=float,
         metavar="R",
@@ -246,6 +252,7 @@ def rules_of(arguments: argparse.Namespace, facts: ServerFacts) -> ReplayRules:
         seed=arguments.seed,
         time_scale=arguments.time_scale,
         think_seconds=arguments.think_seconds,
+        think_seconds_max=arguments.think_max,
         session_rate=arguments.session_rate,
         concurrency=arguments.concurrency,
         sessions_max=arguments.sessions,

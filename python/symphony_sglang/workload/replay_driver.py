@@ -43,6 +43,8 @@ class ReplayRules:
     seed: int = 0
     time_scale: float = 1.0
     think_seconds: float = 0.0
+    # Longest pause between two turns, after scaling; None keeps the trace's hours.
+    think_seconds_max: float | None = None
     session_rate: float | None = None
     concurrency: int = 8
     sessions_max: int | None = None
@@ -240,6 +242,10 @@ class ReplayDriver:
 
     def _due(self, planned: PlannedTurn, started: float, thinking: random.Random) -> float:
         """When the next turn of a session goes out, now that the answer before it is there."""
+        due, most = self._thought(planned, started, thinking), self.rules.think_seconds_max
+        return due if most is None else min(due, self._now() + most)
+
+    def _thought(self, planned: PlannedTurn, started: float, thinking: random.Random) -> float:
         now, scale = self._now(), self.rules.time_scale
         turn = planned.turn
         if turn.think_seconds is not None:
@@ -349,6 +355,7 @@ def check_rules(rules: ReplayRules) -> None:
         ("--concurrency", rules.concurrency, 1, 65536),
         ("--time-scale", rules.time_scale, 0, 1e6),
         ("--think-seconds", rules.think_seconds, 0, 1e6),
+        ("--think-max", rules.think_seconds_max, 0, 1e6),
         ("--session-rate", rules.session_rate, 1e-6, 1e6),
         ("--sessions", rules.sessions_max, 1, 1e12),
         ("--requests", rules.requests_max, 1, 1e12),
