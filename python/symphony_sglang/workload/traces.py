@@ -36,6 +36,8 @@ class TraceFamily(Enum):
     AGENT_TEXT = "agent-text"
     TAU_BENCH = "tau-bench"
     AZURE = "azure"
+    # Made by a benchmark; no file has it.
+    GENERATED = "generated"
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +209,7 @@ class TraceReader:
             raise TraceError(f"{self.path}: no lines to read")
         raise TraceError(
             f"{self.path}:{probe[0][0]}: not a line of any known trace; expected one of "
-            f"{', '.join(family.value for family in TraceFamily)}"
+            f"{', '.join(f.value for f in TraceFamily if f is not TraceFamily.GENERATED)}"
         )
 
 
