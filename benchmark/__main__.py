@@ -7,6 +7,7 @@ draws. `run` does all three. An interrupted `run` goes on where it stopped.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
@@ -42,6 +43,8 @@ def main() -> int:
     """Exit code 2 with one line where the input is wrong."""
     arguments = make_parser().parse_args()
     console = Console()
+    # So that being ended stops the servers too, as Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         if arguments.command == "list":
             for path in sorted(SCENARIO_DIRECTORY.glob("*.toml")):
@@ -65,6 +68,9 @@ def main() -> int:
     except (SymphonyError, ValueError, OSError) as error:
         print(f"benchmark: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("benchmark: interrupted; run it again to go on", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -73,11 +73,11 @@ def median_of(runs: list[dict[str, Any]], *path: str) -> dict[str, Any]:
 
 
 def cell(spread: dict[str, Any], scale: float = 1.0, digits: int = 0) -> str:
-    """``median (low–high)``, or a dash where nothing was measured."""
+    """``median (low to high)``, or a dash where nothing was measured."""
     if spread["median"] is None:
-        return "–"
+        return "-"
     low, middle, high = (f"{scale * spread[k]:.{digits}f}" for k in ("low", "median", "high"))
-    return middle if low == high else f"{middle} ({low}–{high})"
+    return middle if low == high else f"{middle} ({low} to {high})"
 
 
 def markdown(summary: dict[str, Any]) -> str:
@@ -91,7 +91,7 @@ def markdown(summary: dict[str, Any]) -> str:
     ]
     for arm, runs in summary["runs"].items():
         hits = [median_of(runs, "hit_share", level) for level in ("device", "host", "storage")]
-        shares = [cell({k: v for k, v in hit.items()}, 100).split(" ")[0] for hit in hits]
+        shares = [cell(hit, 100).split(" ")[0] for hit in hits]
         shares.append(cell(median_of(runs, "computed_share"), 100).split(" ")[0])
         ratios = summary["ratios"][arm]
         flag = " (saturated)" if any(run["saturated"] for run in runs) else ""

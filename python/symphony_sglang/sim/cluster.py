@@ -1,0 +1,265 @@
+"""Workers, a router and users together: one simulated run."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+from symphony_sglang.core.levels import Level, page_floor
+from symphony_sglang.sim.hardware import Speeds
+from symphony_sglang.sim.loop import EventLoop
+from symphony_sglang.sim.placement import Placement
+from symphony_sglang.sim.promotion import Promotions
+from symphony_sglang.sim.users import Turn, User, UserRules
+from symphony_sglang.sim.worker import Features, SimRequest, SimWorker
+
+
+@dataclass(frozen=True, slots=True)
+class AdviceMix:
+    """Which advisories are sent. `oracle` sends each at the end of the turn before."""
+
+    missing_share: float = 0.0
+    false_share: float = 0.0
+    oracle: bool = False
+    expires_seconds: float = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class RunRules:
+    """One run of one arm."""
+
+    name: str
+    workers: int
+    speeds: Speeds
+    features: Features
+    users: UserRules
+    policy: str
+    seconds: float
+    advice: AdviceMix | None = None
+    migrate: bool = False
+    page_size: int = 256
+    protect_device: float = 0.3
+    protect_host: float = 0.5
+    seed: int = 0
+
+
+@dataclass(slots=True)
+class RunCounts:
+    """What the router and the users did."""
+
+    advisories: int = 0
+    false_advisories: int = 0
+    advisories_left_out: int = 0
+    moves: int = 0
+    moved_bytes: int = 0
+    pulls: int = 0
+    loads: list[list[int]] = field(default_factory=list)  # requests at each worker, each second
+
+
+class Cluster:
+    """Builds everything from its rules; `run` gives the requests that ended."""
+
+    def __init__(self, rules: RunRules) -> None:
+        self.rules = rules
+        self.loop = EventLoop()
+        self.counts = RunCounts()
+        self.requests: list[SimRequest] = []
+        self.placement = Placement(
+            self.loop, rules.policy, rules.page_size, seed=rules.seed, migrate=rules.migrate
+        )
+        self.workers: dict[str, SimWorker] = {}
+        for number in range(rules.workers):
+            self._add_worker(f"worker-{number}")
+        self.users = [User(number, rules.users, rules.seed) for number in range(rules.users.users)]
+        self._draw = random.Random(f"cluster/{rules.seed}")
+        self._made = 0
+        self._advisories = 0
+        self._user_of: dict[int, User] = {}
+        self._open = 0
+
+    def _add_worker(self, name: str) -> None:
+        rules = self.rules
+
+        def changed(level: Level, session: int, before: int, after: int) -> None:
+            self.placement.changed(name, level, session, before, after)
+
+        worker = SimWorker(
+            name,
+            self.loop,
+            rules.speeds,
+            rules.features,
+            rules.page_size,
+            changed,
+            self._ended,
+        )
+        if rules.advice is not None or rules.features.protect_queued:
+            worker.promotions = Promotions(
+                worker,
+                self.loop,
+                protect_device=rules.protect_device,
+                protect_host=rules.protect_host,
+            )
+        self.workers[name] = worker
+        self.placement.add(worker)
+
+    # Users --------------------------------------------------------------------------------------
+
+    def run(self) -> list[SimRequest]:
+        """Simulate; users stop asking when the time is over, and what is under way ends."""
+        pause = self.rules.users.reading_seconds + self.rules.users.typing_seconds
+        for user in self.users:
+            turn, _ = user.next_turn()
+            self._ask_at(user, turn, self._draw.uniform(0.0, pause))
+        self.loop.after(1.0, self._sample)
+        self.loop.run(self.rules.seconds)
+        horizon = self.rules.seconds
+        while self._open and horizon < 20 * self.rules.seconds:
+            horizon += self.rules.seconds / 4
+            self.loop.run(horizon)
+        return self.requests
+
+    def _sample(self) -> None:
+        self.counts.loads.append(
+            [
+                len(worker.running) + len(worker.waiting) + len(worker.fetching)
+                for worker in self.workers.values()
+            ]
+        )
+        if self.loop.now_seconds < self.rules.seconds:
+            self.loop.after(1.0, self._sample)
+
+    def _ask_at(self, user: User, turn: Turn, due_seconds: float) -> None:
+        self._user_of[turn.session] = user
+        advice = self.rules.advice
+        if advice is not None and turn.turn > 0:
+            lead = turn.think_seconds if advice.oracle else turn.lead_seconds
+            self.loop.at(max(self.loop.now_seconds, due_seconds - lead), self._advise, user, turn)
+        self.loop.at(due_seconds, self._send, user, turn, due_seconds)
+
+    def _send(self, user: User, turn: Turn, due_seconds: float) -> None:
+        if due_seconds >= self.rules.seconds:
+            return
+        self._made += 1
+        request = SimRequest(
+            number=self._made,
+            session=turn.session,
+            turn=turn.turn,
+            prompt_tokens=user.context_tokens,
+            answer_tokens=turn.answer_tokens,
+            due_seconds=due_seconds,
+        )
+        self._open += 1
+        decision = self.placement.route(request)
+        worker = self.workers[decision.worker_id]
+        if decision.pull is not None and self.rules.migrate:
+            self.counts.pulls += 1
+            source = self.workers[decision.pull.source_worker_id]
+            done = self._copy(source, worker, turn.session)
+            self.loop.at(done, self._arrive_copied, request, worker, source)
+        else:
+            worker.submit(request)
+
+    def _arrive_copied(self, request: SimRequest, worker: SimWorker, source: SimWorker) -> None:
+        request.peer_tokens = self._land(source, worker, request.session)
+        worker.submit(request)
+
+    def _ended(self, request: SimRequest) -> None:
+        self._open -= 1
+        self.requests.append(request)
+        self.placement.first_token(request)
+        self.placement.ended(request)
+        self.placement.turn_ended(request)
+        user = self._user_of[request.session]
+        user.answered(request.answer_tokens)
+        turn, over = user.next_turn()
+        if over is not None:
+            self.placement.forget(over)
+            self._user_of.pop(over, None)
+        self._ask_at(user, turn, self.loop.now_seconds + turn.think_seconds)
+
+    # Advisories ---------------------------------------------------------------------------------
+
+    def _advise(self, user: User, turn: Turn) -> None:
+        advice = self.rules.advice
+        assert advice is not None
+        if self._draw.random() < advice.missing_share:
+            self.counts.advisories_left_out += 1
+        else:
+            self._advise_session(turn.session, user.context_tokens)
+        extra = advice.false_share / (1.0 - advice.false_share)
+        for _ in range(int(extra) + (self._draw.random() < extra - int(extra))):
+            other = self._draw.choice(self.users)
+            if other is not user and other.context_tokens:
+                self.counts.false_advisories += 1
+                self._advise_session(other.session, other.context_tokens)
+
+    def _advise_session(self, session: int, tokens: int) -> None:
+        self.counts.advisories += 1
+        tokens = page_floor(tokens, self.rules.page_size)
+        if not tokens:
+            return
+        choice = self.placement.advise(session, tokens)
+        target = self.workers[choice.worker_id]
+        source_id = choice.source_worker_id
+        if source_id is None or source_id == choice.worker_id:
+            self._promote(target, session, tokens)
+            return
+        if not self.rules.migrate:
+            self._promote(self.workers[source_id], session, tokens)
+            return
+        source = self.workers[source_id]
+        self.counts.moves += 1
+        done = self._copy(source, target, session)
+        self.placement.promised(session, target.name, tokens, done)
+        self.loop.at(done, self._moved, source, target, session, tokens)
+
+    def _copy(self, source: SimWorker, target: SimWorker, session: int) -> float:
+        """Queue the copy on both ends' networks; from NVMe it is read first."""
+        held = max(source.host.tokens(session), source.nvme.tokens(session))
+        have = max(target.host.tokens(session), target.nvme.tokens(session))
+        missing = max(0, held - have)
+        size = missing * source.speeds.token_bytes
+        self.counts.moved_bytes += size
+        ready = 0.0
+        on_disk = max(0, held - source.host.tokens(session))
+        if on_disk:
+            ready = source.disk.reserve(on_disk * source.speeds.token_bytes)
+        sent = source.network.reserve(size, not_before_seconds=ready)
+        return max(sent, target.network.reserve(size, not_before_seconds=ready))
+
+    def _land(self, source: SimWorker, target: SimWorker, session: int) -> int:
+        """The copied pages are in the target's host memory, and on their way to its disk."""
+        held = max(source.host.tokens(session), source.nvme.tokens(session))
+        before = target.host.tokens(session)
+        after = target.host.grow(session, held)
+        target.nvme.grow(session, held)
+        return max(0, after - before)
+
+    def _moved(self, source: SimWorker, target: SimWorker, session: int, tokens: int) -> None:
+        self._land(source, target, session)
+        self._promote(target, session, tokens)
+
+    def _promote(self, worker: SimWorker, session: int, tokens: int) -> None:
+        assert self.rules.advice is not None
+        if worker.promotions is None:
+            return
+        self._advisories += 1
+        worker.promotions.advise(
+            f"a{self._advisories}", session, tokens, self.rules.advice.expires_seconds
+        )
+
+    def check(self) -> None:
+        """Conservation: each request ended once, and every worker's books balance."""
+        numbers = [request.number for request in self.requests]
+        assert len(set(numbers)) == len(numbers)
+        assert len(numbers) + self._open == self._made, (len(numbers), self._open, self._made)
+        for request in self.requests:
+            found = request.device_tokens + request.host_tokens + request.nvme_tokens
+            assert found + request.computed_tokens == request.prompt_tokens, request
+            assert request.produced == request.answer_tokens, request
+            assert request.due_seconds <= request.first_token_seconds <= request.ended_seconds
+        for worker in self.workers.values():
+            worker.check()
+            if worker.promotions is not None:
+                worker.promotions.check()
+        self.placement.check()

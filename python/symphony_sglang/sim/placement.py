@@ -1,0 +1,210 @@
+"""The product's router core inside the simulator: index, load ledger and policy, fed with a lag."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from symphony_sglang.core.gate import Rate
+from symphony_sglang.core.levels import Level
+from symphony_sglang.core.location import LocationIndex
+from symphony_sglang.core.routing_policies import make_policy
+from symphony_sglang.core.routing_types import (
+    AdvisedPlace,
+    AdvisoryChoice,
+    Decision,
+    EventHashes,
+    LoadView,
+    RouteRequest,
+    WorkerRates,
+    WorkerView,
+)
+from symphony_sglang.core.worker_load import LoadLedger
+from symphony_sglang.sim.loop import EventLoop
+from symphony_sglang.sim.worker import SimRequest, SimWorker
+
+FEED_SECONDS = 0.02
+REPORT_SECONDS = 0.25
+HASH_PAGES_STEP = 64
+
+
+@lru_cache(maxsize=16_384)
+def _hashes(session: int, pages: int) -> EventHashes:
+    numbers = np.arange(pages, dtype=np.uint64) + np.uint64((session + 1) << 20)
+    # The splitmix64 finalizer: distinct numbers, distinct hashes.
+    numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return (numbers ^ (numbers >> np.uint64(31))).astype(np.int64)
+
+
+def session_hashes(session: int, pages: int) -> EventHashes:
+    """Event hashes of a session's first pages; a longer call has a shorter one as its head."""
+    rounded = -(-max(pages, 1) // HASH_PAGES_STEP) * HASH_PAGES_STEP
+    return _hashes(session, rounded)[:pages]
+
+
+@dataclass(slots=True)
+class Change:
+    worker: str
+    level: Level
+    session: int
+    before: int
+    after: int
+
+
+class Placement:
+    """What a router knows and decides. Workers are added before the first event."""
+
+    def __init__(
+        self, loop: EventLoop, policy: str, page_size: int, *, seed: int, migrate: bool
+    ) -> None:
+        self._loop = loop
+        self._page = page_size
+        self._migrate = migrate
+        self._random = random.Random(f"placement/{seed}")
+        self.policy = make_policy(policy)
+        self.index = LocationIndex()
+        self.loads = LoadLedger()
+        self._workers: dict[str, SimWorker] = {}
+        self._rates: dict[str, WorkerRates] = {}
+        self._changes: list[Change] = []
+        self._advised: dict[int, AdvisedPlace] = {}
+
+    def add(self, worker: SimWorker) -> None:
+        self._workers[worker.name] = worker
+        gate = worker.gate
+        per_token = worker.speeds.network_bytes_per_second / worker.speeds.token_bytes
+        self._rates[worker.name] = WorkerRates(
+            prefill=gate.prefill,
+            host_to_device=gate.host_to_device,
+            nvme_to_host=gate.nvme_to_host,
+            peer_to_host=Rate(per_token, 0.0005),
+        )
+        self._loop.after(REPORT_SECONDS, self._report, worker)
+
+    # What it hears ------------------------------------------------------------------------------
+
+    def changed(self, worker: str, level: Level, session: int, before: int, after: int) -> None:
+        """A worker's level changed; the index hears of it a little later."""
+        if not self._changes:
+            self._loop.after(FEED_SECONDS, self._deliver)
+        self._changes.append(Change(worker, level, session, before, after))
+
+    def _deliver(self) -> None:
+        changes, self._changes = self._changes, []
+        for change in changes:
+            old, new = change.before // self._page, change.after // self._page
+            pages = session_hashes(change.session, max(old, new))
+            if new > old:
+                parent = int(pages[old - 1]) if old else None
+                self.index.stored(change.worker, change.level, pages[old:new].tolist(), parent)
+            elif old > new:
+                self.index.removed(change.worker, change.level, pages[new:old].tolist())
+
+    def _report(self, worker: SimWorker) -> None:
+        self.loads.reported(worker.name, self._load(worker), self._loop.now_seconds)
+        self.policy.tick(self._loop.now_seconds)
+        self._loop.after(REPORT_SECONDS, self._report, worker)
+
+    @staticmethod
+    def _load(worker: SimWorker) -> LoadView:
+        running = worker.running
+        context = sum(request.context_tokens for request in running)
+        return LoadView(
+            requests_running=len(running),
+            requests_waiting=len(worker.waiting) + len(worker.fetching),
+            tokens_waiting_uncached=sum(
+                request.prompt_tokens - worker.device.tokens(request.session)
+                for request in worker.waiting
+            ),
+            tokens_running=context,
+            device_used_tokens=worker.running_tokens + worker.device.floor_tokens,
+            device_total_tokens=worker.device.capacity_tokens,
+            decode_step_seconds=worker.speeds.decode_seconds(max(1, len(running)), context),
+        )
+
+    # What it decides ----------------------------------------------------------------------------
+
+    def views(self) -> Sequence[WorkerView]:
+        now = self._loop.now_seconds
+        return [
+            WorkerView(
+                worker_id=name,
+                page_size=self._page,
+                load=self.loads.view(name, now),
+                rates=self._rates[name],
+                serves_pages=self._migrate,
+                pulls_pages=self._migrate,
+            )
+            for name in self._workers
+        ]
+
+    def _route_request(self, session: int, tokens: int, number: str) -> RouteRequest:
+        pages = tokens // self._page
+        advised = self._advised.get(session)
+        return RouteRequest(
+            request_id=number,
+            input_tokens=tokens,
+            page_hashes={self._page: session_hashes(session, pages)},
+            session_id=str(session),
+            # A text whose head is the session's own and which grows with it.
+            text=f"<{session}>" + "x" * pages,
+            advised=() if advised is None else (advised,),
+        )
+
+    def route(self, request: SimRequest) -> Decision:
+        """Where a request goes; it counts as sent from now on."""
+        now = self._loop.now_seconds
+        asked = self._route_request(request.session, request.prompt_tokens, str(request.number))
+        decision = self.policy.choose(asked, self.views(), self.index, now, self._random)
+        self.policy.routed(asked, decision, self.index, now)
+        self._advised.pop(request.session, None)
+        self.loads.sent(
+            decision.worker_id,
+            str(request.number),
+            decision.uncached_tokens,
+            request.prompt_tokens,
+            now,
+        )
+        return decision
+
+    def advise(self, session: int, tokens: int) -> AdvisoryChoice:
+        """Which worker should serve the session's next turn."""
+        now = self._loop.now_seconds
+        asked = self._route_request(session, tokens, f"advisory-{session}")
+        choice = self.policy.choose_for_advisory(asked, self.views(), self.index, now, self._random)
+        self.policy.advised(asked, choice, now)
+        return choice
+
+    def promised(self, session: int, worker: str, tokens: int, ready_seconds: float) -> None:
+        """A promotion is under way there."""
+        self._advised[session] = AdvisedPlace(worker, tokens, ready_seconds)
+
+    def first_token(self, request: SimRequest) -> None:
+        self.loads.first_token(str(request.number))
+
+    def ended(self, request: SimRequest) -> None:
+        self.loads.ended(str(request.number))
+
+    def turn_ended(self, request: SimRequest) -> None:
+        """The worker's session table says who served the turn."""
+        self.index.session_turn(
+            request.worker,
+            str(request.session),
+            request.context_tokens,
+            None,
+            request.turn + 1,
+            0,
+        )
+
+    def forget(self, session: int) -> None:
+        self._advised.pop(session, None)
+        self.policy.forget_session(str(session))
+
+    def check(self) -> None:
+        self.index.check()
+        self.loads.check()

@@ -1,0 +1,141 @@
+"""Whole simulated runs: they repeat, conserve, and show what they must."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from symphony_sglang import cli
+from symphony_sglang.errors import ConfigError
+from symphony_sglang.sim.cluster import AdviceMix, Cluster, RunRules
+from symphony_sglang.sim.hardware import MACHINES, MODELS, speeds_of
+from symphony_sglang.sim.scenario import SCENARIO_DIRECTORY, load_scenario
+from symphony_sglang.sim.users import UserRules
+from symphony_sglang.sim.worker import Features
+
+SPEEDS = dataclasses.replace(
+    speeds_of(MACHINES["a100-80g"], MODELS["llama-3.1-8b"]), device_tokens=24_576
+)
+OURS = Features(gate=True, protect_queued=True)
+ARMS = {
+    "recompute": {
+        "features": Features(prefix_cache=False, host=False, nvme=False),
+        "policy": "power_of_two",
+    },
+    "sticky": {"features": Features(), "policy": "session_sticky"},
+    "cache_aware": {"features": Features(), "policy": "cache_aware"},
+    "unadvised": {"features": OURS, "policy": "symphony"},
+    "advised": {
+        "features": OURS,
+        "policy": "symphony",
+        "advice": AdviceMix(missing_share=0.2, false_share=0.3),
+        "migrate": True,
+    },
+    "paper": {
+        "features": Features(),
+        "policy": "symphony-paper",
+        "advice": AdviceMix(),
+        "migrate": True,
+    },
+}
+
+
+def run(arm: str, seed: int = 0, **changes: object) -> Cluster:
+    rules = RunRules(
+        name=arm,
+        workers=2,
+        speeds=SPEEDS,
+        users=UserRules(users=40, reading_seconds=5.0, typing_seconds=3.0),
+        seconds=90.0,
+        seed=seed,
+        **{**ARMS[arm], **changes},  # type: ignore[arg-type]
+    )
+    cluster = Cluster(rules)
+    cluster.run()
+    return cluster
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_every_request_ends_once_and_all_books_balance(arm: str) -> None:
+    cluster = run(arm)
+    cluster.check()
+    assert len(cluster.requests) > 150
+    assert {request.worker for request in cluster.requests} == {"worker-0", "worker-1"}
+
+
+def test_the_same_seed_gives_the_same_run_and_another_does_not() -> None:
+    def story(cluster: Cluster) -> list[tuple[object, ...]]:
+        return [dataclasses.astuple(request) for request in cluster.requests]
+
+    assert story(run("advised")) == story(run("advised"))
+    assert story(run("advised")) != story(run("advised", seed=1))
+
+
+def test_recompute_finds_nothing_and_caches_find_what_was_said() -> None:
+    assert all(r.computed_tokens == r.prompt_tokens for r in run("recompute").requests)
+    found = run("sticky").requests
+    share = sum(r.computed_tokens for r in found) / sum(r.prompt_tokens for r in found)
+    assert share < 0.5
+
+
+def test_advised_sessions_are_on_the_device_more_often_than_unadvised_ones() -> None:
+    def device_share(arm: str) -> float:
+        returning = [request for request in run(arm).requests if request.turn]
+        prompt = sum(request.prompt_tokens for request in returning)
+        return sum(request.device_tokens for request in returning) / prompt
+
+    assert device_share("advised") > 1.1 * device_share("unadvised")
+
+
+def test_without_hints_an_advised_arm_is_the_unadvised_one() -> None:
+    none = run("unadvised", advice=AdviceMix(missing_share=1.0), migrate=False)
+    plain = run("unadvised")
+    assert none.counts.advisories == 0
+    assert [r.ttft_seconds for r in none.requests] == [r.ttft_seconds for r in plain.requests]
+
+
+def test_packaged_scenarios_load_and_the_command_writes_what_it_prints(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in SCENARIO_DIRECTORY.glob("*.toml"):
+        assert load_scenario(path.stem).runs()
+    output = tmp_path / "rows.jsonl"
+    words = ["simulate", "small", "--arm", "symphony", "--users", "10", "--output", str(output)]
+    assert cli.main(words) == 0
+    row = json.loads(output.read_text())
+    assert row["arm"] == "symphony"
+    assert row["users"] == 10
+    assert sum(row["token_share"].values()) == pytest.approx(1.0)
+    ended = sum(row["advisories"]["outcomes"].values())
+    assert 0 < ended <= row["advisories"]["sent"]
+    assert "(simulated)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (('policy = "session_sticky"', 'policy = "sticky"'), "expected one of .*session_sticky"),
+        (("workers = 2", "wrokers = 2"), "unknown field `wrokers`"),
+        (("workers = 2", "workers = 0"), "workers is 0; expected 1 to 1024"),
+        (("warm_seconds = 30.0", "warm_seconds = 300.0"), "warm_seconds is 300; expected less"),
+        (('machine = "a100-80g"', 'machine = "a100"'), "profile 'a100'; expected one of"),
+        (("device_tokens = 24576", "device_tokens = 900"), "expected at most the device level's"),
+        (('name = "sticky"', 'name = "recompute"'), "each name once"),
+    ],
+)
+def test_a_wrong_scenario_is_refused_by_name_and_value(
+    tmp_path: Path, change: tuple[str, str], message: str
+) -> None:
+    text = (SCENARIO_DIRECTORY / "small.toml").read_text()
+    path = tmp_path / "wrong.toml"
+    path.write_text(text.replace(*change))
+    with pytest.raises(ConfigError, match=message):
+        load_scenario(str(path))
+
+
+def test_an_unknown_scenario_names_the_packaged_ones() -> None:
+    with pytest.raises(ConfigError, match="packaged: paper-8b, small"):
+        load_scenario("nowhere")
