@@ -15,7 +15,7 @@ import dataclasses
 import math
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ FLAG_PREFIX = "--symphony-"
 ENVIRONMENT_PREFIX = "SYMPHONY_"
 # The names of ``store.SyncPolicy``, which this layer may not import; a test compares them.
 SYNC_POLICIES = ("batch", "interval", "off")
+TRANSFER_KEY_CHARACTERS_MIN = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,12 +95,65 @@ class SymphonyConfig:
         maximum=0.9,
         metavar="SHARE",
     )
+    break_even: float = setting(
+        1.0,
+        "how many times slower than computing again a level may be and still be used; "
+        "0 uses every level",
+        minimum=0.0,
+        maximum=1000.0,
+        metavar="FACTOR",
+    )
     advise_rate: float = setting(
         200.0,
         "advisories a second that one caller may send on average; beyond it callers get 429",
         minimum=0.1,
         maximum=1e6,
         metavar="RATE",
+    )
+    advise_tokens: int = setting(
+        67_108_864,
+        "tokens that the live advisories of one caller may hold; beyond it callers get 429",
+        minimum=1,
+        maximum=1e12,
+        metavar="TOKENS",
+    )
+    implicit_hints: bool = setting(
+        True,
+        "a chat turn that ends with a tool call announces its session's next turn",
+    )
+
+    feed: bool = setting(
+        True,
+        "publish residency, sessions and load for routers (ZMQ, reachable as the HTTP port is)",
+    )
+    feed_port: int = setting(
+        0,
+        "first of the feed's three ports per data-parallel rank; 0 chooses free ones",
+        minimum=0,
+        maximum=65535,
+        metavar="PORT",
+    )
+
+    peer: bool = setting(
+        True,
+        "serve pages to other workers and take theirs (reachable as the HTTP port is)",
+    )
+    peer_port: int = setting(
+        0,
+        "first of the page servers' ports, one per rank; 0 chooses free ones",
+        minimum=0,
+        maximum=65535,
+        metavar="PORT",
+    )
+    peer_local: bool = setting(
+        True,
+        "workers of the same user on this host may copy pages from each other's memory",
+    )
+    transfer_key: str = setting(
+        "",
+        "secret of all workers that encrypts page transfers, at least 16 characters; better given "
+        "by its environment variable; default: made from --api-key where there is one",
+        metavar="SECRET",
     )
 
     def __post_init__(self) -> None:
@@ -112,6 +166,11 @@ class SymphonyConfig:
                     f"{flag_name(name)} is {size:g}; expected -1 (automatic), 0 (off) "
                     "or a size in GB"
                 )
+        if 0 < len(self.transfer_key) < TRANSFER_KEY_CHARACTERS_MIN:
+            raise ConfigError(
+                f"{flag_name('transfer_key')} has {len(self.transfer_key)} characters; "
+                f"expected at least {TRANSFER_KEY_CHARACTERS_MIN}"
+            )
         if self.nvme_sync not in SYNC_POLICIES:
             raise ConfigError(
                 f"{flag_name('nvme_sync')} is {self.nvme_sync!r}; "
@@ -220,8 +279,12 @@ def range_text(item: dataclasses.Field[Any]) -> str:
     if rule.minimum is None and rule.maximum is None:
         return ""
     if rule.maximum is None:
-        return f" of at least {rule.minimum:g}"
-    return f" from {rule.minimum:g} to {rule.maximum:g}"
+        return f" of at least {number_text(rule.minimum)}"
+    return f" from {number_text(rule.minimum)} to {number_text(rule.maximum)}"
+
+
+def number_text(value: float) -> str:
+    return f"{value:,.0f}" if value == int(value) else f"{value:g}"
 
 
 def read_file(path: Path) -> dict[str, Any]:
@@ -276,3 +339,49 @@ def from_arguments(
         name: given[f"symphony_{name}"] for name in sorted(names) if f"symphony_{name}" in given
     }
     return SymphonyConfig.resolve(flags, environment, file), file
+
+
+REFERENCE_PREAMBLE = f"""# Flags of a worker
+
+Written from `symphony_sglang.config`; a test compares them.
+
+`python -m symphony_sglang.launch_server` takes every flag of SGLang's server unchanged, and these.
+A flag beats its environment variable, which beats the key in the `[symphony]` table of the file
+that `{FLAG_PREFIX}config FILE` (or `{ENVIRONMENT_PREFIX}CONFIG`) names, which beats the default.
+The key is the variable's name in lower case without its prefix. A value out of range stops the
+start with a message that names the flag, the value and the range. Sizes are per tensor-parallel
+rank, in units of 10^9 bytes.
+
+| flag | environment | default | range | what it does |
+|---|---|---|---|---|
+"""
+
+
+def reference() -> str:
+    """``docs/reference/flags.md``."""
+    return REFERENCE_PREAMBLE + settings_rows(SymphonyConfig, flag_name, environment_name)
+
+
+def settings_rows(
+    owner: type, flag_of: Callable[[str], str], environment_of: Callable[[str], str]
+) -> str:
+    """A table row for each setting of a dataclass, by the names that its parser gives them."""
+    rows = []
+    for item in dataclasses.fields(owner):
+        rule: Setting = item.metadata["setting"]
+        flag = flag_of(item.name)
+        if item.default is True:
+            spelling = f"`{flag}`, `--no-{flag.removeprefix('--')}`"
+        elif item.default is False:
+            spelling = f"`{flag}`"
+        else:
+            spelling = f"`{flag} {rule.metavar or item.name.rsplit('_', 1)[-1].upper()}`"
+        cells = (
+            spelling,
+            f"`{environment_of(item.name)}`",
+            f"`{format_value(item.default)}`" if item.default not in ("", ()) else "",
+            range_text(item).strip(),
+            rule.help.replace("|", "\\|"),
+        )
+        rows.append(f"| {' | '.join(cells)} |\n")
+    return "".join(rows)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, NoReturn
 
+from symphony_sglang.core import agents
 from symphony_sglang.core.levels import Target
 from symphony_sglang.core.prefix import NO_NAMESPACE, TOKEN_MAX, Namespace
 from symphony_sglang.errors import HintError
@@ -188,9 +189,13 @@ def find_session_id(
     over: a request is never refused for it.
     """
     longest = (HintLimits() if limits is None else limits).id_characters_max
-    for value in (body_value, *(headers.get(name) for name in SESSION_HEADERS)):
-        if isinstance(value, str) and 0 < len(value) <= longest:
-            return value
+    found = agents.usable(body_value, longest)
+    if found is not None:
+        return found
+    for name in SESSION_HEADERS:
+        value = agents.usable(headers.get(name), longest)
+        if value is not None:
+            return agents.agent_session(name, value, headers, longest)
     return None
 
 

@@ -14,10 +14,7 @@ from fastapi import APIRouter, HTTPException, Request
 from fastapi.responses import ORJSONResponse
 from sglang.srt.utils.auth import AuthLevel, auth_level
 
-from symphony_sglang.clock import SystemClock
-from symphony_sglang.config import SymphonyConfig
 from symphony_sglang.core import hints
-from symphony_sglang.core.budget import CallerBudget, CallerLimits
 from symphony_sglang.engine.advise import AdviseService
 from symphony_sglang.engine.gateway import GatewayFullError
 from symphony_sglang.engine.messages import (
@@ -29,11 +26,32 @@ from symphony_sglang.engine.messages import (
 from symphony_sglang.errors import HintError, UnsupportedError
 
 router = APIRouter(prefix="/symphony", tags=["symphony"])
-clock = SystemClock()
 
 # The largest body that is read at all: input_ids of the longest allowed prefix, in decimal.
 BODY_BYTES_MAX = 16 << 20
 DRAIN_BYTES_MAX = 4 * BODY_BYTES_MAX
+
+
+class BusyError(HTTPException):
+    """429. SGLang's handler of HTTP errors drops their headers, so this one has its own."""
+
+    def __init__(self, problem: str, retry_after_seconds: float = 1.0) -> None:
+        # More than a whole burst at once: no wait is long enough, so none is named.
+        wait = 1.0 if math.isinf(retry_after_seconds) else retry_after_seconds
+        super().__init__(429, problem, {"Retry-After": str(max(1, math.ceil(wait)))})
+
+
+async def answer_busy(_request: Request, error: Exception) -> ORJSONResponse:
+    """A `BusyError` in the shape of SGLang's errors (http_server.py:627)."""
+    assert isinstance(error, BusyError)
+    body = {
+        "object": "error",
+        "message": error.detail,
+        "type": "429",
+        "param": None,
+        "code": 429,
+    }
+    return ORJSONResponse(body, 429, error.headers)
 
 
 def tokenizer_manager() -> Any:
@@ -49,15 +67,6 @@ def service(request: Request) -> AdviseService:
     if found is None:
         found = AdviseService(tokenizer_manager(), request.app)
         request.app.state.symphony_advise = found
-    return found
-
-
-def budget(request: Request) -> CallerBudget:
-    found = getattr(request.app.state, "symphony_budget", None)
-    if found is None:
-        rate = SymphonyConfig.from_environment().advise_rate
-        found = CallerBudget(CallerLimits(rate_per_second=rate, burst=max(1.0, 2 * rate)))
-        request.app.state.symphony_budget = found
     return found
 
 
@@ -99,7 +108,7 @@ async def submit(request: Request, action: AdvisoryAction) -> dict[str, Any]:
     try:
         return await service(request).submit(action)
     except GatewayFullError as error:
-        raise HTTPException(429, str(error), {"Retry-After": "1"}) from error
+        raise BusyError(str(error)) from error
     except UnsupportedError as error:
         raise HTTPException(409, str(error)) from error
 
@@ -127,20 +136,15 @@ async def post_advise(request: Request) -> ORJSONResponse:
         message = hints.parse_advise(body)
         count = max(1, len(message.hints))
         caller = caller_of(request)
-        admission = budget(request).admit(caller, clock.monotonic(), count=count)
+        admission = await service(request).admit(caller, count)
         if not admission.allowed:
-            wait = admission.retry_after_seconds
-            seconds = 1 if math.isinf(wait) else max(1, math.ceil(wait))
-            raise HTTPException(
-                429,
-                f"over the caller's budget of advisories ({admission.refusal})",
-                {"Retry-After": str(seconds)},
-            )
+            problem = f"over the caller's budget of advisories ({admission.refusal})"
+            raise BusyError(problem, admission.retry_after_seconds)
         answer = await service(request).advise(message, caller)
     except HintError as error:
         raise HTTPException(400, str(error)) from error
     except GatewayFullError as error:
-        raise HTTPException(429, str(error), {"Retry-After": "1"}) from error
+        raise BusyError(str(error)) from error
     except UnsupportedError as error:
         raise HTTPException(409, str(error)) from error
     return ORJSONResponse(answer, 202)
@@ -168,7 +172,10 @@ async def get_advisory(advisory_id: str, request: Request) -> dict[str, Any]:
 @auth_level(AuthLevel.NORMAL)
 async def delete_advisory(advisory_id: str, request: Request) -> dict[str, Any]:
     """Cancel; of one that already ended, the receipt as it is."""
-    return await known(request, AdvisoryAction(verb="cancel", advisory_id=advisory_id))
+    action = AdvisoryAction(verb="cancel", advisory_id=advisory_id, caller=caller_of(request))
+    receipt = await known(request, action)
+    service(request).charge(action, receipt)
+    return receipt
 
 
 @router.get("/sessions/{session_id:path}")
