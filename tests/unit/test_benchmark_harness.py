@@ -150,7 +150,7 @@ def test_a_wrong_scenario_is_refused(tmp_path: Path, change: tuple[str, str], me
 def test_the_scenarios_here_load_and_an_unknown_one_names_them() -> None:
     names = [path.stem for path in SCENARIO_DIRECTORY.glob("*.toml")]
     assert all(load_scenario(name).name == name for name in names)
-    with pytest.raises(ConfigError, match="known: .*pressure"):
+    with pytest.raises(ConfigError, match=r"known: .*pressure"):
         load_scenario("nowhere")
 
 
@@ -183,7 +183,7 @@ def test_runs_are_resumed_summarized_and_reported_from_files_alone(tmp_path: Pat
     assert [(n, arm.name) for n, arm in pending_runs(scenario, tmp_path)] == [(1, "ours")]
     broken = run_path(tmp_path, 1, scenario.arm[1])
     assert not is_complete(broken)
-    with pytest.raises(ValueError, match="1-ours.jsonl: not a complete run"):
+    with pytest.raises(ValueError, match=r"1-ours\.jsonl: not a complete run"):
         read_run(broken)
     with pytest.raises(ValueError, match="not a complete run"):
         report.summarize(tmp_path)
