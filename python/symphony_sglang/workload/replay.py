@@ -47,6 +47,14 @@ def add_parser(subparsers: Any) -> None:
         metavar="F",
         help="shrink each block of tokens, and answers, to this part, keeping the structure",
     )
+    add_time_flags(parser)
+    add_send_flags(parser)
+    parser.set_defaults(run=run)
+
+
+def add_time_flags(parser: argparse.ArgumentParser) -> None:
+    """When requests go out."""
+    add = parser.add_argument
     add(
         "--time-scale",
         type=float,
@@ -80,6 +88,11 @@ def add_parser(subparsers: Any) -> None:
         metavar="N",
         help="requests in flight at most; sessions at once where the trace has no arrivals",
     )
+
+
+def add_send_flags(parser: argparse.ArgumentParser) -> None:
+    """What is sent beside the prompts, and what is kept."""
+    add = parser.add_argument
     add("--seed", type=int, default=0, metavar="N", help="of tokens and of drawn times")
     add(
         "--vocab-size",
@@ -116,7 +129,6 @@ def add_parser(subparsers: Any) -> None:
     add("--on-error", choices=("raise", "skip"), default="raise", help="what a broken line does")
     add("--request-timeout", type=float, default=600.0, metavar="S", help="seconds for one request")
     add("--api-key", metavar="KEY", help="sent as a bearer token")
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
