@@ -206,7 +206,9 @@ def test_think_times_are_kept_to_scale(tmp_path: Path) -> None:
 def test_a_pause_is_cut_to_the_longest_allowed(tmp_path: Path) -> None:
     trace = write_trace(tmp_path / "t", [claude_code("a", [64, 128], think=3600.0)])
     with StandIn() as server:
-        _, _, (first, second) = run_replay(server, trace, tmp_path, "--think-max", "0.2")
+        _, _, (first, second) = run_replay(
+            server, trace, tmp_path, "--time-scale", "1", "--think-max", "0.2"
+        )
     gap = second["sent_seconds"] - first["sent_seconds"] - first["latency_seconds"]
     assert 0.19 <= gap < 2.5
 
