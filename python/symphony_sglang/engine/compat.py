@@ -18,7 +18,10 @@ SGLANG_VERSION = "0.5.23"
 DISPATCHER_HOOK = "sglang.srt.managers.scheduler.Scheduler.init_request_dispatcher"
 SCHEDULER_START_HOOK = "sglang.srt.managers.scheduler.Scheduler.__init__"
 CLOCK_HOOK = "sglang.srt.managers.scheduler.Scheduler._poll_timeout_aborts"
-REQUIRED_HOOKS = (DISPATCHER_HOOK, SCHEDULER_START_HOOK, CLOCK_HOOK)
+RESULT_HOOK = "sglang.srt.managers.scheduler.Scheduler.process_batch_result"
+AUTH_HOOK = "sglang.srt.utils.auth.decide_request_auth"
+FLUSH_HOOK = "sglang.srt.managers.scheduler.Scheduler.flush_cache"
+REQUIRED_HOOKS = (DISPATCHER_HOOK, SCHEDULER_START_HOOK, CLOCK_HOOK, RESULT_HOOK, FLUSH_HOOK)
 
 
 def check_version() -> None:
@@ -51,7 +54,12 @@ def require_attributes(owner: Any, *names: str) -> None:
 
 def check_seams() -> None:
     """Raise ``IncompatibleSglangError`` naming the first seam that is not as it was."""
+    from sglang.srt.disaggregation.kv_events import EventPublisherFactory
     from sglang.srt.managers.scheduler import Scheduler
+    from sglang.srt.managers.scheduler_components.kv_events_publisher import (
+        SchedulerKvEventsPublisher,
+    )
+    from sglang.srt.managers.scheduler_components.load_inquirer import SchedulerLoadInquirer
     from sglang.srt.mem_cache.hybrid_cache import hybrid_pool_assembler as assembler
     from sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller import HybridCacheController
     from sglang.srt.mem_cache.pool_host.mha import MHATokenToKVPoolHost
@@ -62,15 +70,20 @@ def check_seams() -> None:
     require_attributes(
         UnifiedRadixCache,
         "_finish_storage_prefetch",
+        "_evict_device_leaf",
         "_log_write_ack_metrics",
         "_resolve_storage_prefetch_tokens",
         "check_hicache_events",
+        "check_prefetch_progress",
         "checkpoint_into_tree",
         "evict_for_alloc",
+        "init_load_back",
         "load_back",
+        "loading_check",
         "match_prefix",
         "prefetch_from_storage",
         "ready_to_load_host_cache",
+        "release_aborted_request",
         "reset",
         "take_events",
     )
@@ -84,6 +97,9 @@ def check_seams() -> None:
         "load_to_device_per_layer",
         "prepare_transfer_indices",
     )
+    require_attributes(SchedulerKvEventsPublisher, "publish_kv_events", "emit_kv_metrics")
+    require_attributes(SchedulerLoadInquirer, "get_num_waiting_uncached_tokens")
+    require_parameters(EventPublisherFactory.register_publisher, "name", "ctor")
     require_attributes(assembler, "HostPoolGroup", "StackBuildResult", "build_pool_entry")
     require_parameters(create_unified_radix_cache, "ctx", "cache_class")
     require_parameters(assembler.StackStrategy.build, "cache", "kvcache", "storage_backend")

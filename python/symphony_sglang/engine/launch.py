@@ -6,12 +6,14 @@ import argparse
 import json
 import logging
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from symphony_sglang.config import SymphonyConfig
+from symphony_sglang.engine.feed_ports import bind_address, events_config, reserve_ports
+from symphony_sglang.engine.peer_ports import PEER_PORT_VARIABLE, reserve_peer_ports
 from symphony_sglang.errors import UnsupportedError
 from symphony_sglang.platform.support import SUPPORT_FIELDS, refuse_unsupported
 
@@ -22,6 +24,8 @@ PAGE_SIZE_CPU = 16
 PAGE_SIZE_GPU = 64
 # Weights and device level of a CPU machine: the host level and everything else live there too.
 MEMORY_SHARE_CPU = 0.4
+# SGLang runs it before the server takes requests (``calibration.warm_up``).
+WARMUP_NAME = "symphony"
 # Decided once, here: ranks that measured free memory themselves would size their levels apart.
 AUTOMATIC_HOST_GB_VARIABLE = "SYMPHONY_AUTOMATIC_HOST_GB"
 # SGLang refuses to size a pinned pool into the last 10 GiB (pool_host/base.py:31).
@@ -115,6 +119,46 @@ def nvme_arguments(
     ]
 
 
+def feed_arguments(
+    explicit: Collection[str],
+    config: SymphonyConfig,
+    *,
+    host: str,
+    http_port: int,
+    ranks: int,
+    nodes: int,
+) -> list[str]:
+    """The SGLang argument that turns the feed on; holds its ports in this process.
+
+    Raises:
+        ConfigError: ``--symphony-feed-port`` names ports that are taken.
+    """
+    if not config.feed or "kv_events_config" in explicit:
+        return []
+    if nodes > 1:
+        logger.info("feed: off, a rank on another node could not bind this node's address")
+        return []
+    address = bind_address(host)
+    ports = reserve_ports(address, ranks, base=config.feed_port, http_port=http_port)
+    return ["--kv-events-config", events_config(address, ports)]
+
+
+def choose_peer_ports(config: SymphonyConfig, namespace: Mapping[str, Any]) -> None:
+    """Hold the page servers' ports in this process, and tell the ranks the first.
+
+    Raises:
+        ConfigError: ``--symphony-peer-port`` names ports that are taken.
+    """
+    if namespace["nnodes"] > 1:
+        logger.info("peer level: off, a puller would look for every rank on one node")
+        os.environ[PEER_PORT_VARIABLE] = "off"
+    elif config.peer:
+        ranks = namespace["tp_size"] * namespace["dp_size"]
+        address, port = bind_address(namespace["host"]), namespace["port"]
+        first = reserve_peer_ports(address, ranks, base=config.peer_port, http_port=port)
+        os.environ[PEER_PORT_VARIABLE] = str(first)
+
+
 def complete_arguments(argv: Sequence[str], config: SymphonyConfig) -> list[str]:
     """`argv` with the levels on, and the settings exported to the processes SGLang will spawn.
 
@@ -141,7 +185,11 @@ def complete_arguments(argv: Sequence[str], config: SymphonyConfig) -> list[str]
     if config.off or "disable_radix_cache" in explicit:
         return completed
     namespace = read_fields(
-        argv, ("tp_size", "dp_size", "tokenizer_worker_num", "page_size", "port", "model_path")
+        argv,
+        (
+            *("tp_size", "dp_size", "nnodes", "tokenizer_worker_num"),
+            *("page_size", "host", "port", "model_path"),
+        ),
     )
     if namespace["tokenizer_worker_num"] > 1:
         raise UnsupportedError(
@@ -163,8 +211,19 @@ def complete_arguments(argv: Sequence[str], config: SymphonyConfig) -> list[str]
         os.environ[AUTOMATIC_HOST_GB_VARIABLE] = str(host_gb)
         logger.info("host level: %.2f GB per rank", host_gb)
     completed += level_arguments(explicit, host_gb=host_gb, on_cpu=on_cpu)
+    completed += feed_arguments(
+        explicit,
+        config,
+        host=namespace["host"],
+        http_port=namespace["port"],
+        ranks=namespace["dp_size"],
+        nodes=namespace["nnodes"],
+    )
     if host_gb <= 0:
         return completed
+    choose_peer_ports(config, namespace)
+    if config.break_even > 0 and "warmups" not in explicit:
+        completed += ["--warmups", WARMUP_NAME]
     return completed + nvme_arguments(
         explicit,
         config,

@@ -23,10 +23,12 @@ def register() -> None:
     _register_attention_choice()
     _register_cache()
     _register_hooks()
+    _register_feed()
     if multiprocessing.parent_process() is None:
         _register_replies()
         _register_routes()
         _register_request_hooks()
+        _register_warmup()
 
 
 def _register_attention_choice() -> None:
@@ -53,11 +55,27 @@ def _register_cache() -> None:
 def _register_hooks() -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from symphony_sglang.engine.control import append_tick, attach_control
+    from symphony_sglang.engine.control import (
+        append_tick,
+        attach_control,
+        make_way_for_flush,
+        measure_batch,
+    )
 
     HookRegistry.register(compat.DISPATCHER_HOOK, attach_control, HookType.AFTER)
     HookRegistry.register(compat.CLOCK_HOOK, append_tick, HookType.AFTER)
+    HookRegistry.register(compat.RESULT_HOOK, measure_batch, HookType.BEFORE)
+    HookRegistry.register(compat.FLUSH_HOOK, make_way_for_flush, HookType.BEFORE)
     HookRegistry.register(compat.SCHEDULER_START_HOOK, _bind_rank, HookType.BEFORE)
+
+
+def _register_feed() -> None:
+    from sglang.srt.disaggregation.kv_events import EventPublisherFactory
+
+    from symphony_sglang.engine.feed import FeedPublisher
+    from symphony_sglang.engine.feed_ports import PUBLISHER_NAME
+
+    EventPublisherFactory.register_publisher(PUBLISHER_NAME, FeedPublisher)
 
 
 def _register_replies() -> None:
@@ -73,23 +91,42 @@ def _register_replies() -> None:
 def _register_routes() -> None:
     from sglang.srt.entrypoints import http_server
 
-    from symphony_sglang.engine.routes import router
+    from symphony_sglang.engine import feed_routes, peer_routes, ui_routes
+    from symphony_sglang.engine.routes import BusyError, answer_busy, router
 
-    router.route_class = http_server.ORJSONRoute
-    http_server.app.include_router(router)
+    http_server.app.add_exception_handler(BusyError, answer_busy)
+    for part in (router, feed_routes.router, peer_routes.router, ui_routes.router):
+        part.route_class = http_server.ORJSONRoute
+        http_server.app.include_router(part)
 
 
 def _register_request_hooks() -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from symphony_sglang.engine import request_hooks
+    from symphony_sglang.engine import request_hooks, ui_routes
 
+    HookRegistry.register(compat.AUTH_HOOK, ui_routes.let_page_through, HookType.AFTER)
     HookRegistry.register(
         request_hooks.VALIDATE_HOOK, request_hooks.check_token_ids, HookType.BEFORE
     )
     HookRegistry.register(
         request_hooks.GENERATE_HOOK, request_hooks.generate_with_hints, HookType.AROUND
     )
+    HookRegistry.register(
+        request_hooks.CHAT_STREAM_HOOK, request_hooks.watch_chat_stream, HookType.AROUND
+    )
+    HookRegistry.register(
+        request_hooks.CHAT_ANSWER_HOOK, request_hooks.watch_chat_answer, HookType.AROUND
+    )
+
+
+def _register_warmup() -> None:
+    from sglang.srt.entrypoints.warmup import warmup
+
+    from symphony_sglang.engine.calibration import warm_up
+    from symphony_sglang.engine.launch import WARMUP_NAME
+
+    warmup(WARMUP_NAME)(warm_up)
 
 
 def _bind_rank(_scheduler: Any, *args: Any, **kwargs: Any) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 
 from symphony_sglang.engine.storage_view import nvme_use
 
+HOT_PREFIXES_SHOWN = 10
+
 
 @dataclass(frozen=True, slots=True)
 class LevelUse:
@@ -63,6 +65,13 @@ def host_use(cache: Any) -> LevelUse | None:
     )
 
 
+def hot_prefixes(cache: Any) -> list[dict[str, Any]]:
+    """The prefixes that spared the most tokens; none without a host level."""
+    if cache.advisories is None:
+        return []
+    return [hot.as_json() for hot in cache.advisories.hot_prefixes.top(HOT_PREFIXES_SHOWN)]
+
+
 def residency(cache: Any) -> dict[str, Any]:
     """The body of ``GET /symphony/residency`` for this scheduler."""
     host = host_use(cache)
@@ -73,6 +82,10 @@ def residency(cache: Any) -> dict[str, Any]:
             "host": None if host is None else host.as_json(),
             "nvme": nvme_use(),
         },
+        "rates": None if cache.advisories is None else cache.advisories.rates.as_json(),
+        "feed": None if cache.feed is None else cache.feed.publisher.describe(),
+        "peer": None if cache.peer is None else cache.peer.describe(),
+        "hot_prefixes": hot_prefixes(cache),
         "counters": {
             **cache.level_counters.as_json(),
             "advisories": None if cache.advisories is None else cache.advisories.counters(),
