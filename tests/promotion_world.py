@@ -35,6 +35,19 @@ def pages_of(prefix: Prefix, tokens: int | None = None) -> list[bytes]:
     return [prefix.token_bytes[: 4 * stop] for stop in range(PAGE, end + 1, PAGE)]
 
 
+def fingerprint(promoter: Promoter) -> list[Any]:
+    """All that a promoter knows, in its own order."""
+    return [
+        promoter.book.views(),
+        promoter.book.moves(),
+        [promoter.book.receipt(view.advisory_id) for view in promoter.book.views()],
+        [hold.holder for hold in promoter.device.holds()],
+        dict(promoter.device.lengths),
+        dict(promoter.host.lengths),
+        promoter.outcomes.as_json(0.0)["outcomes"],
+    ]
+
+
 class Ranks:
     """Two promoters that are told the same, and must answer the same."""
 

@@ -156,6 +156,14 @@ class SymphonyConfig:
         metavar="SECRET",
     )
 
+    grace: float = setting(
+        20.0,
+        "seconds after SIGTERM in which routers may take this worker's sessions; 0 ends at once",
+        minimum=0.0,
+        maximum=3600.0,
+        metavar="SECONDS",
+    )
+
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
             check_range(item, getattr(self, item.name))

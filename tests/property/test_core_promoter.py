@@ -7,7 +7,6 @@ import hashlib
 import os
 import subprocess
 import sys
-from typing import Any
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -19,6 +18,7 @@ from promotion_world import (
     LIMITS,
     PAGE,
     World,
+    fingerprint,
     pages_of,
     prompt,
 )
@@ -27,7 +27,6 @@ from symphony_sglang.core.levels import Hop, Level, Target
 from symphony_sglang.core.lifecycle import Kind
 from symphony_sglang.core.moves import MoveResult
 from symphony_sglang.core.prefix import NO_NAMESPACE
-from symphony_sglang.core.promoter import Promoter
 from symphony_sglang.core.promotion import Demand, Plan
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -186,19 +185,6 @@ class PromoterMachine(RuleBasedStateMachine):
     def ranks_hold_equal_books(self) -> None:
         first, second = (fingerprint(promoter) for promoter in self.world.ranks.all)
         assert first == second
-
-
-def fingerprint(promoter: Promoter) -> list[Any]:
-    """All that a promoter knows, in its own order."""
-    return [
-        promoter.book.views(),
-        promoter.book.moves(),
-        [promoter.book.receipt(view.advisory_id) for view in promoter.book.views()],
-        [hold.holder for hold in promoter.device.holds()],
-        dict(promoter.device.lengths),
-        dict(promoter.host.lengths),
-        promoter.outcomes.as_json(0.0)["outcomes"],
-    ]
 
 
 TestPromoter = PromoterMachine.TestCase

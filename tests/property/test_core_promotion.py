@@ -252,15 +252,25 @@ def test_demand_defers_with_its_name():
     assert [deferral.reason for deferral in result.deferrals] == [Reason.SLOTS_IN_USE]
 
 
-def test_the_gate_clips_what_is_slower_than_recompute():
+def test_the_gate_clips_what_is_slower_than_recompute_and_would_come_too_late():
     gate = GateSnapshot(nvme_to_host=Rate(10), host_to_device=Rate(1000), prefill=Rate(100))
-    result = plan([view("a", goal_tokens=40, host_tokens=16)], gate=gate)
+    result = plan([view("a", goal_tokens=40, host_tokens=16)], gate=gate, now=3.0)
+    # 24 tokens take 2.4 s, and the request is taken to be due at 5 s.
     assert result.clips == (Clip("a", 16, Reason.NVME_SLOWER),)
     slow = GateSnapshot(nvme_to_host=Rate(10), host_to_device=Rate(50), prefill=Rate(100))
-    result = plan([view("a", goal_tokens=40, host_tokens=16)], gate=slow)
+    result = plan([view("a", goal_tokens=40, host_tokens=16)], gate=slow, now=4.9)
     assert result.clips == (Clip("a", 0, Reason.HOST_SLOWER),)
-    result = plan([view("a", goal_tokens=40, host_tokens=16, started=True)], gate=slow)
+    result = plan([view("a", goal_tokens=40, host_tokens=16, started=True)], gate=slow, now=4.9)
     assert not result.clips, "a promotion under way is carried through"
+
+
+def test_a_slow_level_is_used_where_it_will_be_done_in_time():
+    slow = GateSnapshot(nvme_to_host=Rate(10), host_to_device=Rate(50), prefill=Rate(100))
+    result = plan([view("a", goal_tokens=40, host_tokens=16)], gate=slow, now=0.0)
+    assert not result.clips
+    assert result.stages
+    soon = view("a", goal_tokens=40, host_tokens=16, deadline_seconds=1.0)
+    assert plan([soon], gate=slow, now=0.0).clips == (Clip("a", 16, Reason.NVME_SLOWER),)
 
 
 def test_an_advisory_longer_than_the_budget_is_clipped_to_it():

@@ -136,6 +136,8 @@ def start_server(model: Path, log: Path, *flags: str) -> Server:
             str(DEVICE_TOKENS),
             "--symphony-host-gb",
             HOST_GB,
+            # Speeds waver on a shared machine, and with them what the gate lets through.
+            *(() if "--symphony-break-even" in flags else ("--symphony-break-even", "0")),
             # Tests of the levels above must not find pages of an earlier run on disk.
             *(() if "--symphony-nvme-dir" in flags else ("--symphony-nvme-gb", "0")),
             *flags,
@@ -165,5 +167,17 @@ def worker(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
 def tp_worker(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("log") / "tp_worker.log"
     server = start_server(model, log, "--tp", "2")
+    yield server
+    server.worker.stop()
+
+
+API_KEY = "a-key-for-tests"
+
+
+@pytest.fixture(scope="session")
+def keyed_worker(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The same model behind ``--api-key``; `Server.call` sends none by itself."""
+    log = tmp_path_factory.mktemp("log") / "keyed_worker.log"
+    server = start_server(model, log, "--api-key", API_KEY, "--symphony-host-gb", "0.1")
     yield server
     server.worker.stop()

@@ -236,6 +236,25 @@ def test_envelope_answers_each_action(worker: Server) -> None:
     assert got == [("x", "missing"), ("y", "unsupported"), ("z", "missing")]
 
 
+def test_demoted_session_leaves_the_device_and_keeps_its_host_copy(worker: Server) -> None:
+    ids = prompt(9)
+    first = worker.greedy_one(ids, 4, session_id="a9")
+    action = {"action_id": "d", "action_type": "demote", "payload": {"session_id": "a9"}}
+    body = {"protocol_version": "0.1", "message_id": "m", "actions": [action]}
+    for _ in range(100):
+        (receipt,) = worker.call("POST", "/symphony/advise", body).body["receipts"]
+        if receipt["reason"] != "in_use":
+            break
+        time.sleep(0.02)  # the copy to host has not been taken note of yet
+    assert (receipt["status"], receipt["state"]) == ("accepted", "ready")
+    assert receipt["tokens"]["demoted"] >= SESSION_TOKENS
+    tokens = worker.call("GET", "/symphony/sessions/a9").body["tokens"]
+    assert (tokens["device"], tokens["missing"]) == (0, 0)
+    again = worker.greedy_one(ids, 4)
+    assert cached(again)["host"] >= SESSION_TOKENS - 16
+    assert again["output_ids"] == first["output_ids"]
+
+
 def test_unknown_advisory_is_404(worker: Server) -> None:
     assert worker.call("GET", "/symphony/advisories/adv-none").status == 404
     assert worker.call("DELETE", "/symphony/advisories/adv-none").status == 404

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -108,3 +109,25 @@ def test_nvme_level_over_two_ranks(model: Path, tmp_path: Path) -> None:
         check_level(server, "t1", 11)
     finally:
         server.worker.stop()
+
+
+def test_a_prefix_counts_only_where_every_rank_has_it(model: Path, tmp_path: Path) -> None:
+    pages = tmp_path / "pages"
+    flags = ("--tp", "2", "--symphony-nvme-dir", str(pages), "--symphony-nvme-gb", "0.5")
+    ids = prompt(12)
+    server = start_server(model, tmp_path / "first.log", *flags)
+    try:
+        computed = server.greedy_one(ids, session_id="t2")
+        on_disk(server, "t2", SESSION_TOKENS)
+    finally:
+        server.worker.stop()
+    ranks = sorted(pages.glob("ns-*"))
+    assert len(ranks) == 2
+    shutil.rmtree(ranks[1])
+    again = start_server(model, tmp_path / "second.log", *flags)
+    try:
+        answer = again.greedy_one(ids)
+        assert cached(answer)["storage"] == 0
+        assert answer["output_ids"] == computed["output_ids"]
+    finally:
+        again.worker.stop()

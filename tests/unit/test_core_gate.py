@@ -1,22 +1,21 @@
-"""The break-even gate, caller budgets and the outcome ledger."""
+"""The break-even gate and the outcome ledger."""
 
 from __future__ import annotations
-
-import math
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from symphony_sglang.core.budget import CallerBudget, CallerLimits, Refusal
 from symphony_sglang.core.gate import (
     OPEN_GATE,
     EstimatorLimits,
     Gate,
+    GateCounts,
     GateReason,
     GateSnapshot,
     Rate,
     RateEstimator,
+    fit_rate,
 )
 from symphony_sglang.core.ledger import Histogram, OutcomeLedger
 from symphony_sglang.core.levels import Hop, Level
@@ -84,49 +83,6 @@ def test_no_sequence_of_samples_breaks_an_estimate(samples):
     assert estimator.samples + estimator.ignored == len(samples)
 
 
-def test_a_caller_may_burst_and_then_goes_at_its_rate():
-    budget = CallerBudget(CallerLimits(rate_per_second=10, burst=5))
-    assert all(budget.admit("c", 0.0).allowed for _ in range(5))
-    refused = budget.admit("c", 0.0)
-    assert (refused.allowed, refused.refusal) == (False, Refusal.RATE)
-    assert refused.retry_after_seconds == pytest.approx(0.1)
-    assert budget.admit("c", refused.retry_after_seconds).allowed
-    assert not budget.admit("c", refused.retry_after_seconds).allowed
-    assert budget.admit("other", 0.0).allowed, "callers do not share"
-    assert math.isinf(budget.admit("c", 100.0, count=6).retry_after_seconds)
-    assert not budget.admit("d", 0.0, count=6).allowed
-    assert budget.admit("d", 0.0, count=5).allowed, "a refusal costs nothing"
-    budget.check()
-
-
-def test_a_clock_that_stands_still_or_goes_back_gives_no_credit():
-    budget = CallerBudget(CallerLimits(rate_per_second=10, burst=1))
-    assert budget.admit("c", 5.0).allowed
-    assert not budget.admit("c", 1.0).allowed
-    assert not budget.admit("c", 5.0).allowed
-    budget.check()
-
-
-def test_tokens_in_flight_hold_a_caller_back_until_they_end():
-    budget = CallerBudget(CallerLimits(tokens_in_flight_max=100))
-    budget.started("c", 100, 0.0)
-    assert budget.admit("c", 0.0).refusal is Refusal.TOKENS
-    budget.ended("c", 60)
-    assert budget.admit("c", 0.0).allowed
-    budget.ended("c", 60)
-    assert budget.tokens_in_flight("c") == 0
-
-
-def test_callers_are_bounded_and_the_idle_go_first():
-    budget = CallerBudget(CallerLimits(callers_max=2))
-    budget.started("busy", 1, 0.0)
-    budget.admit("idle", 0.0)
-    assert budget.admit("new", 0.0).allowed
-    budget.started("new", 1, 0.0)
-    assert budget.admit("third", 0.0).refusal is Refusal.CALLERS
-    budget.check()
-
-
 def end(advisory_id: str, state: State, moved: int = 0, ready: float | None = None) -> Ended:
     return Ended(advisory_id, state, Kind.PREFETCH, "c", 100, moved, 2.0, ready)
 
@@ -184,3 +140,74 @@ def test_histogram_puts_a_value_below_its_bound():
         histogram.add(value)
     assert histogram.counts == [2, 1, 1]
     assert (histogram.total, histogram.sum) == (4, 12.0)
+
+
+def test_a_speed_without_calibration_starts_with_its_first_long_sample():
+    gate = Gate()
+    gate.transferred(Hop.NVME_TO_HOST, 10, 1.0)
+    assert gate.snapshot().nvme_to_host is None, "too short to say anything"
+    gate.transferred(Hop.NVME_TO_HOST, 1000, 0.1)
+    gate.prefilled(2000, 1.0)
+    snapshot = gate.snapshot()
+    assert snapshot.nvme_to_host.tokens_per_second == pytest.approx(10_000)
+    assert snapshot.prefill.tokens_per_second == pytest.approx(2000)
+    assert snapshot.host_to_device is None
+    gate.check()
+
+
+def test_a_level_that_was_found_slow_is_tried_again_some_time_later():
+    """A closed gate gives no samples; only time can open it."""
+    gate = Gate({Hop.NVME_TO_HOST: Rate(100_000), Hop.HOST_TO_DEVICE: Rate(1e6)}, Rate(10_000))
+    for _ in range(10):
+        gate.transferred(Hop.NVME_TO_HOST, 1000, 10.0, now_seconds=0.0)
+    assert not gate.snapshot(1.0).worth_loading(Level.NVME, 1000).use
+    opened = next(s for s in range(1, 600) if gate.snapshot(s).worth_loading(Level.NVME, 1000).use)
+    assert opened >= EstimatorLimits().stale_seconds
+    gate.transferred(Hop.NVME_TO_HOST, 1000, 10.0, now_seconds=opened)
+    gate.transferred(Hop.NVME_TO_HOST, 1000, 10.0, now_seconds=opened)
+    assert not gate.snapshot(opened).worth_loading(Level.NVME, 1000).use, "and closes at once"
+    gate.check()
+
+
+def test_first_samples_that_were_slow_do_not_shut_a_level_for_good():
+    gate = Gate(prefill=Rate(10_000))
+    gate.transferred(Hop.HOST_TO_DEVICE, 1000, 1e-4)
+    gate.transferred(Hop.NVME_TO_HOST, 1000, 1.0, now_seconds=0.0)
+    assert not gate.snapshot(0.0).worth_loading(Level.NVME, 1000).use
+    assert any(gate.snapshot(s).worth_loading(Level.NVME, 1000).use for s in range(0, 600, 10))
+
+
+def test_calibration_replaces_what_it_measured_and_nothing_else():
+    gate = Gate({Hop.HOST_TO_DEVICE: Rate(5.0)}, Rate(7.0), margin=2.0)
+    gate.calibrate(GateSnapshot(nvme_to_host=Rate(9.0)))
+    assert gate.snapshot() == GateSnapshot(Rate(9.0), Rate(5.0), Rate(7.0), 2.0)
+
+
+@given(
+    speed=st.floats(10, 1e6),
+    latency=st.floats(0, 1),
+    sizes=st.lists(st.integers(16, 10_000), min_size=2, max_size=6, unique=True),
+)
+def test_a_line_is_found_again_from_its_points(speed, latency, sizes):
+    line = Rate(speed, latency)
+    fitted = fit_rate([(tokens, line.seconds(tokens)) for tokens in sizes])
+    for tokens in sizes:
+        assert fitted.seconds(tokens) == pytest.approx(line.seconds(tokens), rel=0.05, abs=1e-6)
+
+
+def test_no_line_without_points_and_a_plain_speed_from_one_length():
+    assert fit_rate([]) is None
+    assert fit_rate([(0, 1.0), (5, 0.0)]) is None
+    assert fit_rate([(100, 0.1), (100, 0.3)]).seconds(100) == pytest.approx(0.2)
+    assert fit_rate([(100, 0.3), (1000, 0.1)]).latency_seconds == 0.0, "noise is no latency"
+
+
+def test_decisions_are_counted_by_level():
+    first, second = GateCounts(), GateCounts()
+    first.count(Level.NVME, True)
+    second.count(Level.NVME, False)
+    second.count(Level.HOST, False)
+    assert GateCounts.merge(first, second).as_json() == {
+        "host": {"use": 0, "recompute": 1},
+        "nvme": {"use": 1, "recompute": 1},
+    }

@@ -2,107 +2,34 @@
 
 from __future__ import annotations
 
-import hashlib
-import threading
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from symphony_sglang.engine.host_pool import TorchHostPool
-from symphony_sglang.engine.nvme_backend import NvmeBackend, active_backends
+from nvme_pools import KEYS, PAGE, config_of, fill, host_pool, indices, opened_backends
+from symphony_sglang.engine.nvme_backend import (
+    NvmeBackend,
+    active_backends,
+)
 from symphony_sglang.engine.nvme_config import (
     checksum_bytes_for,
     read_config,
     weights_fingerprint,
 )
-from symphony_sglang.errors import ConfigError, StoreKeyError, StoreLockedError, UnsupportedError
-from symphony_sglang.store import HealthState, SyncPolicy
-
-PAGE = 16
-KEYS = [hashlib.sha256(f"page {number}".encode()).hexdigest() for number in range(40)]
-
-
-def host_pool(page_count: int = 64, layers: int = 3, heads: int = 2, dim: int = 64, dtype=None):
-    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
-
-    device = MHATokenToKVPool(
-        size=PAGE * 8,
-        page_size=PAGE,
-        dtype=dtype or torch.bfloat16,
-        head_num=heads,
-        head_dim=dim,
-        layer_num=layers,
-        device="cpu",
-        enable_memory_saver=False,
-    )
-    return TorchHostPool(
-        device.get_device_pool_infos()[0].buffer_info,
-        2.0,
-        0,
-        PAGE,
-        "page_first_direct",
-        device_capacity_tokens=PAGE * 8,
-        start_layer=0,
-        end_layer=layers - 1,
-        host_token_capacity=page_count * PAGE,
-    )
-
-
-def config_of(directory: Path, **changes):
-    from sglang.srt.mem_cache.hicache_storage import HiCacheStorageConfig
-
-    extra = {
-        "backend_name": "symphony",
-        "interface_v1": 1,
-        "nvme_dir": str(directory),
-        "nvme_bytes": 64 << 20,
-        "nvme_segment_bytes": 8 << 20,
-        "nvme_free_floor_share": 0.0,
-    } | changes.pop("extra", {})
-    facts = {
-        "tp_rank": 0,
-        "tp_size": 1,
-        "pp_rank": 0,
-        "pp_size": 1,
-        "attn_cp_rank": 0,
-        "attn_cp_size": 1,
-        "is_mla_model": False,
-        "enable_storage_metrics": True,
-        "is_page_first_layout": False,
-        "model_name": "tiny",
-    }
-    return HiCacheStorageConfig(**(facts | changes), extra_config=extra)
+from symphony_sglang.errors import (
+    ConfigError,
+    StoreKeyError,
+    StoreLockedError,
+    UnsupportedError,
+)
+from symphony_sglang.store import SyncPolicy
 
 
 @pytest.fixture
 def opened():
-    backends: list[NvmeBackend] = []
-
-    def make(directory: Path, pool=None, **changes) -> NvmeBackend:
-        backend = NvmeBackend(config_of(directory, **changes), {})
-        backends.append(backend)
-        backend.register_mem_pool_host(pool or host_pool())
-        backend.on_host_pools_registered()
-        return backend
-
-    yield make
-    for backend in backends:
-        backend.close()
-    assert active_backends() == []
-
-
-def indices(pages: list[int]) -> torch.Tensor:
-    return torch.cat([torch.arange(page * PAGE, (page + 1) * PAGE) for page in pages])
-
-
-def fill(pool, seed: int = 0) -> torch.Tensor:
-    """Random bits in every page of the pool; returns a copy."""
-    generator = torch.Generator().manual_seed(seed)
-    raw = pool.kv_buffer.view(torch.int16)
-    raw.copy_(torch.randint(-(2**15), 2**15, raw.shape, generator=generator, dtype=torch.int16))
-    return raw.clone()
+    yield from opened_backends()
 
 
 @pytest.mark.parametrize(
@@ -214,54 +141,6 @@ def test_the_engine_finds_events_and_records_through_the_registry(tmp_path: Path
     backend.close()
     assert active_backends() == []
     assert opened(tmp_path).store.records("session") == {"s1": b"record"}
-
-
-def test_a_stuck_read_keeps_its_pages_until_the_device_lets_go(tmp_path: Path, opened) -> None:
-    from symphony_sglang.testing.disk import FaultyDisk, Operation
-
-    backend = opened(tmp_path)
-    fill(backend.mem_pool_host)
-    backend.batch_set_v1(KEYS[:4], indices([0, 1, 2, 3]))
-    disk = FaultyDisk()
-    namespace, settings = backend.store.namespace, backend.store.settings
-    backend._store.close()
-    import dataclasses
-
-    from symphony_sglang.store import PageStore
-
-    quick = dataclasses.replace(settings, deadline_seconds=0.2, retry_seconds=0.05)
-    backend._store = PageStore(tmp_path, namespace, quick, disk=disk)
-    disk.hang(Operation.READ)
-    answers: list[list[bool]] = []
-    reader = threading.Thread(
-        target=lambda: answers.append(backend.batch_get_v1(KEYS[:4], indices([5, 6, 7, 8])))
-    )
-    reader.start()
-    reader.join(1.0)
-    assert reader.is_alive()  # no hold_pages here: it keeps the memory by waiting
-    assert backend.batch_exists(KEYS[:4]) == 0
-    assert not backend.writable
-    disk.heal()
-    reader.join(10.0)
-    assert answers == [[False] * 4]
-
-    held = []
-    backend.mem_pool_host.hold_pages = lambda where, released: held.append((where, released))
-    for _ in range(200):
-        if backend.store.state is HealthState.OK:
-            break
-        threading.Event().wait(0.05)
-    disk.hang(Operation.READ)
-    assert backend.batch_get_v1(KEYS[:4], indices([5, 6, 7, 8])) == [False] * 4
-    (where, released), *_ = held
-    assert set(where.tolist()) <= set(indices([5, 6, 7, 8]).tolist())
-    assert not released()
-    disk.heal()
-    for _ in range(200):
-        if released():
-            break
-        threading.Event().wait(0.02)
-    assert released()
 
 
 def test_keys_that_are_no_hashes_are_refused(tmp_path: Path, opened) -> None:

@@ -17,6 +17,7 @@ ENTRY_MODULES = {
     "symphony_sglang.cli",
     "symphony_sglang.launch_server",
     "symphony_sglang.platform",
+    "symphony_sglang.lang",
     "symphony_sglang.engine.plugin",
     "symphony_sglang.engine.nvme_backend",
 }

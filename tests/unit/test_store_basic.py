@@ -40,6 +40,7 @@ from symphony_sglang.store import (
     key_from_hex,
     keys_from_hex,
 )
+from symphony_sglang.testing.disk import FaultyDisk, Operation
 
 KEYS = [key_of(number) for number in range(10)]
 
@@ -55,6 +56,47 @@ def test_pages_come_back_now_and_after_reopening(tmp_path: Path, sync: SyncPolic
     with open_store(tmp_path, sync=sync) as store:
         assert store.opened.pages == 10
         assert_served(store, pool, KEYS)
+
+
+@pytest.mark.parametrize("written", [4096, 10_000, 1 << 20])
+def test_pages_written_with_another_unit_of_verification_come_back(
+    tmp_path: Path, written: int
+) -> None:
+    pool = Pool(10)
+    with open_store(tmp_path, checksum_bytes=written) as store:
+        store.write(pool.fill(KEYS))
+    with open_store(tmp_path, checksum_bytes=16384) as store:
+        assert_served(store, pool, KEYS)
+        table = store._s.table
+        path = store.folder / "segment-000000.data"
+        with path.open("r+b") as file:  # its last byte, under the unit it was written with
+            file.seek(table.keys.get(KEYS[3]) * SLOT_BYTES + 4096 + PAGE_BYTES - 1)
+            byte = file.read(1)[0]
+            file.seek(-1, os.SEEK_CUR)
+            file.write(bytes([byte ^ 1]))
+            file.flush()
+            os.fsync(file.fileno())
+        served = pool.read(store, KEYS)
+        assert [page is None for page in served] == [at == 3 for at in range(10)]
+        assert store.stat().counters["corrupt"] == 1
+
+
+@pytest.mark.parametrize(("pages", "calls"), [(16, 4), (10, 4), (3, 1), (64, 8)])
+def test_a_batch_is_cut_into_equal_calls_for_every_thread(
+    tmp_path: Path, pages: int, calls: int
+) -> None:
+    disk = FaultyDisk()
+    pool, keys = Pool(pages), [key_of(number) for number in range(pages)]
+    big = {"segment_bytes": 128 * SLOT_BYTES, "capacity_bytes": 4 * 128 * SLOT_BYTES}
+    settings = StoreSettings(**big, io_threads=4, free_floor_share=0.0)
+    with PageStore(tmp_path, NAMESPACE, settings, disk=disk) as store:
+        store.write(pool.fill(keys))
+        written = disk.calls[Operation.WRITE]
+        assert_served(store, pool, keys)
+        assert written == disk.calls[Operation.READ] == calls
+        scattered = keys[::2]
+        assert_served(store, pool, scattered)
+        assert disk.calls[Operation.READ] == calls + len(scattered)
 
 
 @pytest.mark.parametrize(("shift", "length"), [(64, None), (0, 50_001), (1, 1), (512, 4096)])

@@ -104,3 +104,25 @@ def test_version_is_odd_only_while_writing() -> None:
 def test_an_empty_batch_finds_nothing() -> None:
     table, _ = filled(8)
     assert table.find(b"").tolist() == []
+
+
+def test_inserting_together_is_inserting_one_by_one() -> None:
+    rng = np.random.default_rng(3)
+    words = rng.integers(0, 1 << 63, (64, 4), np.uint64)
+    words[:, 0] = words[:, 0] << np.uint64(4) | np.uint64(14)  # all want the last two cells of 16
+    words[40:44, 0] = words[7, 0]  # the same first word, other keys
+    keys = [row.tobytes() for row in words]
+    together, single = KeyTable(64), KeyTable(64)
+    for table in (together, single):
+        table.set_keys(0, keys)
+    together.insert(list(range(64)))
+    for slot in range(64):
+        single.insert([slot])
+    for table in (together, single):
+        assert len(table) == 64
+        assert table.version % 2 == 0
+        assert table.find(b"".join(keys)).tolist() == list(range(64))
+        for slot in range(0, 64, 3):
+            table.discard(slot)
+        gone = [-1 if slot % 3 == 0 else slot for slot in range(64)]
+        assert table.find(b"".join(keys)).tolist() == gone

@@ -467,6 +467,10 @@ class AdvisoryBook:
         """Live advisories of a session, in arrival order."""
         return self._live.of_session(session_id)
 
+    def of_identity(self, identity: str) -> tuple[str, ...]:
+        """Live advisories of one prefix, whatever their target and kind."""
+        return self._live.of_identity(identity)
+
     def matching(
         self, session_id: str | None, namespace: Namespace, token_bytes: bytes
     ) -> tuple[tuple[str, int], ...]:

@@ -16,6 +16,7 @@ class AdvisoryIndex:
         self._live: dict[str, Advisory] = {}
         self._by_identity: dict[tuple[str, Target, Kind], Advisory] = {}
         self._by_session: dict[str, dict[str, None]] = {}
+        self._by_content: dict[str, None] = {}  # those of no session
         self.held_bytes = 0
 
     def __len__(self) -> int:
@@ -42,6 +43,8 @@ class AdvisoryIndex:
         self._by_identity[request.identity, request.target, request.kind] = advisory
         if request.session_id is not None:
             self._by_session.setdefault(request.session_id, {})[request.advisory_id] = None
+        else:
+            self._by_content[request.advisory_id] = None
         self.held_bytes += len(advisory.prefix.token_bytes)
 
     def remove(self, advisory: Advisory) -> None:
@@ -54,6 +57,8 @@ class AdvisoryIndex:
             del ids[request.advisory_id]
             if not ids:
                 del self._by_session[request.session_id]
+        else:
+            del self._by_content[request.advisory_id]
         assert advisory.prefix is not None
         self.held_bytes -= len(advisory.prefix.token_bytes)
         advisory.prefix = None
@@ -61,6 +66,12 @@ class AdvisoryIndex:
     def of_session(self, session_id: str) -> tuple[str, ...]:
         """Ids of a session's advisories, in arrival order."""
         return tuple(self._by_session.get(session_id, ()))
+
+    def of_identity(self, identity: str) -> tuple[str, ...]:
+        """Ids of the advisories of one prefix: at most one a target and kind."""
+        keys = [(identity, target, kind) for target in Target for kind in Kind]
+        found = [self._by_identity[key].advisory_id for key in keys if key in self._by_identity]
+        return tuple(found)
 
     def matching(
         self, session_id: str | None, namespace: Namespace, token_bytes: bytes
@@ -71,14 +82,18 @@ class AdvisoryIndex:
         """
         own = self._by_session.get(session_id, {}) if session_id is not None else {}
         found: list[tuple[str, int]] = []
-        for advisory_id, advisory in self._live.items():
+        asked = [*own, *self._by_content]
+        if own and self._by_content:
+            asked.sort(key=lambda advisory_id: self._live[advisory_id].arrival)
+        for advisory_id in asked:
+            advisory = self._live[advisory_id]
             prefix = advisory.prefix
             assert prefix is not None
             if prefix.namespace != namespace:
                 continue
             if advisory_id in own:
                 found.append((advisory_id, common_tokens(prefix.token_bytes, token_bytes)))
-            elif advisory.request.session_id is None and token_bytes.startswith(prefix.token_bytes):
+            elif token_bytes.startswith(prefix.token_bytes):
                 found.append((advisory_id, prefix.tokens))
         return tuple(found)
 
@@ -97,4 +112,5 @@ class AdvisoryIndex:
                 assert advisory_id in self._by_session[advisory.request.session_id]
         assert held_bytes == self.held_bytes
         assert sessions == sum(len(ids) for ids in self._by_session.values())
+        assert sessions + len(self._by_content) == len(self._live)
         assert all(self._by_session.values())

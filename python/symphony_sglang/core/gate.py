@@ -7,7 +7,7 @@ from the snapshot. A file hit that is slower than recomputing is SGLang issue #2
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
@@ -55,7 +55,7 @@ class GateSnapshot:
     """Speeds of one instant. None is a speed that was never measured: its level is used.
 
     `margin` is how many times slower than recomputing a load may look and still be used: loads
-    overlap other requests' compute, recomputing delays them.
+    overlap other requests' compute, recomputing delays them. Infinity uses every level.
     """
 
     nvme_to_host: Rate | None = None
@@ -92,15 +92,19 @@ OPEN_GATE = GateSnapshot()
 class EstimatorLimits:
     """What a sample may do to an estimate."""
 
-    weight: float = 0.2  # of the newest sample
+    weight: float = 0.25  # of the newest sample
     tokens_min: int = 256  # shorter transfers measure latency, not speed
-    step_max: float = 4.0  # a sample counts as at most this many times the estimate, or its part
+    step_max: float = 8.0  # a sample counts as at most this many times the estimate, or its part
     drift_max: float = 64.0  # the estimate stays within this factor of its calibration
+    # A level that is not used gives no samples: an estimate that got none for this long goes half
+    # of the way back to its calibration, so that the level is tried again now and then.
+    stale_seconds: float = 30.0
 
     def __post_init__(self) -> None:
         assert 0 < self.weight <= 1, self.weight
         assert self.step_max > 1, self.step_max
         assert self.drift_max >= 1, self.drift_max
+        assert self.stale_seconds > 0, self.stale_seconds
 
 
 class RateEstimator:
@@ -110,14 +114,18 @@ class RateEstimator:
     calibrated; a sample's time beyond it is what its tokens cost.
     """
 
-    def __init__(self, start: Rate, limits: EstimatorLimits | None = None) -> None:
+    def __init__(
+        self, start: Rate, limits: EstimatorLimits | None = None, *, calibrated: bool = True
+    ) -> None:
         self.limits = EstimatorLimits() if limits is None else limits
         self.start = start
+        self.calibrated = calibrated  # else `start` is only the first sample
         self.samples = 0
         self.ignored = 0
         self._seconds_per_token = 1.0 / start.tokens_per_second
+        self._fresh_seconds: float | None = None  # of the last sample, on the caller's clock
 
-    def add(self, tokens: int, seconds: float) -> bool:
+    def add(self, tokens: int, seconds: float, now_seconds: float | None = None) -> bool:
         """Take in one transfer; False where it says nothing (too short, or no valid time)."""
         limits = self.limits
         if tokens < limits.tokens_min or not (0 < seconds < math.inf):
@@ -130,8 +138,23 @@ class RateEstimator:
         calibrated = 1.0 / self.start.tokens_per_second
         new = min(max(new, calibrated / limits.drift_max), calibrated * limits.drift_max)
         self._seconds_per_token = new
+        self._fresh_seconds = now_seconds
         self.samples += 1
         return True
+
+    def relax(self, now_seconds: float) -> None:
+        """Forget part of a slowness that nothing has confirmed for `stale_seconds`."""
+        if self._fresh_seconds is None:
+            self._fresh_seconds = now_seconds
+        if now_seconds - self._fresh_seconds < self.limits.stale_seconds:
+            return
+        self._fresh_seconds = now_seconds
+        start = 1.0 / self.start.tokens_per_second
+        if not self.calibrated:
+            floor = start / self.limits.drift_max
+            self._seconds_per_token = max(floor, self._seconds_per_token / 2)
+        elif self._seconds_per_token > start:
+            self._seconds_per_token = math.sqrt(self._seconds_per_token * start)
 
     def rate(self) -> Rate:
         return Rate(1.0 / self._seconds_per_token, self.start.latency_seconds)
@@ -145,32 +168,62 @@ class RateEstimator:
 
 
 class Gate:
-    """The speeds of a worker; `snapshot` is what is broadcast."""
+    """The speeds of a worker; `snapshot` is what is broadcast.
+
+    A speed without calibration starts with its first sample that says anything.
+    """
 
     def __init__(
         self,
-        hops: Mapping[Hop, Rate],
-        prefill: Rate | None,
+        hops: Mapping[Hop, Rate] | None = None,
+        prefill: Rate | None = None,
         *,
         margin: float = 1.0,
         limits: EstimatorLimits | None = None,
     ) -> None:
         assert margin > 0, margin
         self.margin = margin
+        self.limits = EstimatorLimits() if limits is None else limits
+        hops = {} if hops is None else hops
         self._hops = {hop: RateEstimator(hops[hop], limits) for hop in Hop if hop in hops}
         self._prefill = None if prefill is None else RateEstimator(prefill, limits)
 
-    def transferred(self, hop: Hop, tokens: int, seconds: float) -> None:
+    def calibrate(self, snapshot: GateSnapshot) -> None:
+        """Start over from these speeds; those that are None stay as they are."""
+        measured = (
+            (Hop.NVME_TO_HOST, snapshot.nvme_to_host),
+            (Hop.HOST_TO_DEVICE, snapshot.host_to_device),
+        )
+        for hop, rate in measured:
+            if rate is not None:
+                self._hops[hop] = RateEstimator(rate, self.limits)
+        if snapshot.prefill is not None:
+            self._prefill = RateEstimator(snapshot.prefill, self.limits)
+
+    def transferred(
+        self, hop: Hop, tokens: int, seconds: float, now_seconds: float | None = None
+    ) -> None:
         """A transfer took `seconds` from its start, without the time it queued."""
-        if hop in self._hops:
-            self._hops[hop].add(tokens, seconds)
+        estimator = self._hops.get(hop)
+        if estimator is None:
+            estimator = first_estimate(tokens, seconds, self.limits)
+            if estimator is None:
+                return
+            self._hops[hop] = estimator
+        estimator.add(tokens, seconds, now_seconds)
 
-    def prefilled(self, tokens: int, seconds: float) -> None:
+    def prefilled(self, tokens: int, seconds: float, now_seconds: float | None = None) -> None:
         """A prefill batch computed `tokens` tokens in `seconds`."""
+        if self._prefill is None:
+            self._prefill = first_estimate(tokens, seconds, self.limits)
         if self._prefill is not None:
-            self._prefill.add(tokens, seconds)
+            self._prefill.add(tokens, seconds, now_seconds)
 
-    def snapshot(self) -> GateSnapshot:
+    def snapshot(self, now_seconds: float | None = None) -> GateSnapshot:
+        """The speeds now; with a clock, hops that nobody uses any more relax."""
+        if now_seconds is not None:
+            for estimator in self._hops.values():
+                estimator.relax(now_seconds)
         stage = self._hops.get(Hop.NVME_TO_HOST)
         load = self._hops.get(Hop.HOST_TO_DEVICE)
         return GateSnapshot(
@@ -183,3 +236,59 @@ class Gate:
     def check(self) -> None:
         for estimator in [*self._hops.values(), *filter(None, [self._prefill])]:
             estimator.check()
+
+
+def first_estimate(tokens: int, seconds: float, limits: EstimatorLimits) -> RateEstimator | None:
+    """An estimator that starts from one sample; None where it is too short to say anything."""
+    if tokens < limits.tokens_min or not 0 < seconds < math.inf:
+        return None
+    return RateEstimator(Rate(tokens / seconds), limits, calibrated=False)
+
+
+class GateCounts:
+    """How often each level below the device was used, or computed again instead."""
+
+    def __init__(self) -> None:
+        self.used = dict.fromkeys((Level.HOST, Level.NVME), 0)
+        self.recomputed = dict.fromkeys((Level.HOST, Level.NVME), 0)
+
+    def count(self, level: Level, used: bool) -> None:
+        (self.used if used else self.recomputed)[level] += 1
+
+    @staticmethod
+    def merge(*parts: GateCounts) -> GateCounts:
+        total = GateCounts()
+        for part in parts:
+            for level in total.used:
+                total.used[level] += part.used[level]
+                total.recomputed[level] += part.recomputed[level]
+        return total
+
+    def as_json(self) -> dict[str, dict[str, int]]:
+        return {
+            level.value: {"use": self.used[level], "recompute": self.recomputed[level]}
+            for level in self.used
+        }
+
+
+def fit_rate(samples: Sequence[tuple[int, float]]) -> Rate | None:
+    """The line through transfers of different lengths: (tokens, seconds) each.
+
+    Least squares; where that gives no sensible line (one length, noise), all time is per token.
+    """
+    usable = [(tokens, seconds) for tokens, seconds in samples if tokens > 0 and seconds > 0]
+    if not usable:
+        return None
+    count = len(usable)
+    mean_tokens = sum(tokens for tokens, _ in usable) / count
+    mean_seconds = sum(seconds for _, seconds in usable) / count
+    spread = sum((tokens - mean_tokens) ** 2 for tokens, _ in usable)
+    if spread > 0:
+        slope = (
+            sum((tokens - mean_tokens) * (seconds - mean_seconds) for tokens, seconds in usable)
+            / spread
+        )
+        latency = mean_seconds - slope * mean_tokens
+        if slope > 0 and latency >= 0:
+            return Rate(1.0 / slope, latency)
+    return Rate(mean_tokens / mean_seconds)

@@ -30,6 +30,9 @@ class Histogram:
     def total(self) -> int:
         return sum(self.counts)
 
+    def as_json(self) -> dict[str, Any]:
+        return {"bounds": list(self.bounds), "counts": list(self.counts), "sum": self.sum}
+
 
 class OutcomeLedger:
     """Totals since the start. All arguments are events that every rank sees alike.
@@ -51,12 +54,16 @@ class OutcomeLedger:
         self.wasted_tokens = 0
         self.lead_seconds = Histogram()  # receipt to the request's arrival, where it arrived
         self.ready_seconds = Histogram()  # receipt to ready, of those that ended ready
+        # Receipt to end, by how it ended.
+        self.lead_by_state = {
+            state: Histogram() for state in (State.USED, State.LATE, State.WASTED)
+        }
         self._held_tokens = dict.fromkeys(PROTECTED_LEVELS, 0)
         self._held_since = dict.fromkeys(PROTECTED_LEVELS, 0.0)
         self._held_token_seconds = dict.fromkeys(PROTECTED_LEVELS, 0.0)
         self._ghosts: OrderedDict[str, str] = OrderedDict()  # page hash -> advisory id
-        # Ghosts left and whether harm was counted, per advisory that has ghosts.
-        self._ghost_counts: dict[str, int] = {}
+        # The ghosts left of each advisory that has any, and those whose harm was counted.
+        self._ghosts_of: dict[str, dict[str, None]] = {}
         self._blamed: dict[str, None] = {}
 
     def received(self, status: Status) -> None:
@@ -65,6 +72,8 @@ class OutcomeLedger:
 
     def ended(self, end: Ended) -> None:
         self.outcomes[end.state] += 1
+        if end.state in self.lead_by_state:
+            self.lead_by_state[end.state].add(end.lead_seconds)
         if end.state in (State.USED, State.LATE, State.RECLAIMED):
             self.lead_seconds.add(end.lead_seconds)
         else:
@@ -96,7 +105,7 @@ class OutcomeLedger:
         for page_hash in page_hashes:
             self._drop_ghost(page_hash)
             self._ghosts[page_hash] = advisory_id
-            self._ghost_counts[advisory_id] = self._ghost_counts.get(advisory_id, 0) + 1
+            self._ghosts_of.setdefault(advisory_id, {})[page_hash] = None
             if len(self._ghosts) > self.ghosts_max:
                 self._drop_ghost(next(iter(self._ghosts)))
 
@@ -117,27 +126,30 @@ class OutcomeLedger:
         self.harmful_pages += pages
         return pages
 
+    @property
+    def remembers_evictions(self) -> bool:
+        """Whether `asked` could find anything."""
+        return bool(self._ghosts)
+
     def _drop_ghost(self, page_hash: str) -> None:
         advisory_id = self._ghosts.pop(page_hash, None)
         if advisory_id is None:
             return
-        left = self._ghost_counts[advisory_id] - 1
-        if left:
-            self._ghost_counts[advisory_id] = left
-        else:
-            del self._ghost_counts[advisory_id]
+        left = self._ghosts_of[advisory_id]
+        del left[page_hash]
+        if not left:
+            del self._ghosts_of[advisory_id]
             self._blamed.pop(advisory_id, None)
 
     def _forgive(self, advisory_id: str) -> None:
-        if advisory_id in self._ghost_counts:
-            own = [page for page, owner in self._ghosts.items() if owner == advisory_id]
-            for page_hash in own:
-                self._drop_ghost(page_hash)
+        for page_hash in self._ghosts_of.pop(advisory_id, ()):
+            del self._ghosts[page_hash]
+        self._blamed.pop(advisory_id, None)
 
     def flushed(self) -> None:
         """The cache was emptied: what is missing from now on, no advisory evicted."""
         self._ghosts.clear()
-        self._ghost_counts.clear()
+        self._ghosts_of.clear()
         self._blamed.clear()
 
     def as_json(self, now_seconds: float) -> dict[str, Any]:
@@ -149,6 +161,12 @@ class OutcomeLedger:
             "moved_tokens": {hop.value: count for hop, count in self.moved_tokens.items()},
             "moved_bytes": {hop.value: count for hop, count in self.moved_bytes.items()},
             "wasted_tokens": self.wasted_tokens,
+            "lead_seconds": self.lead_seconds.as_json(),
+            "ready_seconds": self.ready_seconds.as_json(),
+            **{
+                f"{state.value}_lead_seconds": histogram.as_json()
+                for state, histogram in self.lead_by_state.items()
+            },
             "held_token_seconds": {
                 level.value: self.held_token_seconds(level, now_seconds)
                 for level in PROTECTED_LEVELS
@@ -158,7 +176,7 @@ class OutcomeLedger:
     def check(self) -> None:
         """The ghost list is within its bound and its per-advisory counts add up."""
         assert len(self._ghosts) <= self.ghosts_max
-        assert sum(self._ghost_counts.values()) == len(self._ghosts)
-        assert all(count > 0 for count in self._ghost_counts.values())
-        assert self._blamed.keys() <= self._ghost_counts.keys()
+        assert sum(map(len, self._ghosts_of.values())) == len(self._ghosts)
+        assert all(self._ghosts_of.values())
+        assert self._blamed.keys() <= self._ghosts_of.keys()
         assert self.lead_seconds.total <= sum(self.outcomes.values())

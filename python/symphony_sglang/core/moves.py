@@ -31,6 +31,7 @@ class Reason(StrEnum):
     DIVERGED = "request_has_another_prefix"
     CACHE_FLUSHED = "cache_flushed"
     EVICTED = "evicted_before_use"
+    IN_USE = "in_use"
 
 
 class MoveResult(StrEnum):

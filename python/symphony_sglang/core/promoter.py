@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from symphony_sglang.core.advisory import AdvisoryBook
-from symphony_sglang.core.gate import OPEN_GATE, GateSnapshot
+from symphony_sglang.core.gate import OPEN_GATE, GateCounts, GateSnapshot
 from symphony_sglang.core.ledger import OutcomeLedger
 from symphony_sglang.core.levels import PROTECTED_LEVELS, Hop, Level, Target, page_floor
 from symphony_sglang.core.lifecycle import (
@@ -38,6 +38,8 @@ from symphony_sglang.core.promotion import (
 from symphony_sglang.core.protection import Holder, HolderKind, LevelLedger
 
 REQUEST_HOLDER = "request:"
+# Which level the gate refused, by the reason it gave.
+GATE_LEVELS = {Reason.NVME_SLOWER: Level.NVME, Reason.HOST_SLOWER: Level.HOST}
 
 
 class LockChange(NamedTuple):
@@ -88,6 +90,7 @@ class Promoter:
         self.device = LevelLedger(Level.DEVICE, device_cap_tokens, self.page_size)
         self.host = LevelLedger(Level.HOST, host_cap_tokens, self.page_size)
         self.outcomes = OutcomeLedger() if outcomes is None else outcomes
+        self.gate_counts = GateCounts()
         self._changes: list[LockChange] = []
         self._fresh_ends: list[Ended] = []
         self._holders = 0
@@ -164,7 +167,7 @@ class Promoter:
             views,
             self.device.version,
             self.host.version,
-            inputs.demand,
+            inputs.demand.kinds,
             flight,
             inputs.gate,
         )
@@ -191,6 +194,8 @@ class Promoter:
 
     def _record(self, plan: Plan, now_seconds: float) -> None:
         for clip in plan.clips:
+            if clip.reason in GATE_LEVELS:
+                self.gate_counts.count(GATE_LEVELS[clip.reason], False)
             self.book.clip(clip.advisory_id, clip.tokens, clip.reason, now_seconds)
         for drop in plan.drops:
             self._drop(self._ledger(drop.level), [drop.advisory_id], now_seconds)
@@ -198,6 +203,9 @@ class Promoter:
             advisory = self.book.get(move.advisory_id)
             assert advisory is not None
             assert advisory.prefix is not None
+            if not advisory.started:
+                level = Level.NVME if move.hop is Hop.NVME_TO_HOST else Level.HOST
+                self.gate_counts.count(level, True)
             ledger = self.host if move.hop is Hop.NVME_TO_HOST else self.device
             granted = ledger.reserve(holder_of(advisory), advisory.prefix, move.stop_tokens)
             assert move.hop is Hop.NVME_TO_HOST or granted >= move.stop_tokens, (move, granted)

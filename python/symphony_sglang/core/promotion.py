@@ -35,6 +35,11 @@ class Demand:
     loads_pending: int = 0  # host-to-device, a request's own, queued or not yet acknowledged
     stages_pending: int = 0  # NVMe-to-host, a request's own
 
+    @property
+    def kinds(self) -> tuple[bool, bool, bool]:
+        """What there is demand for at all: how much makes no difference to a plan."""
+        return (bool(self.requests_waiting), bool(self.loads_pending), bool(self.stages_pending))
+
 
 IDLE = Demand()
 
@@ -77,10 +82,14 @@ class PlannerLimits:
     def order_key(self, view: AdvisoryView) -> tuple[int, int, int]:
         """Deadline, then priority, then arrival. Implied deadlines keep newcomers from starving
         an old advisory: once due, it precedes whatever arrives from then on."""
-        deadline = view.deadline_seconds
-        if deadline is None:
-            deadline = view.received_seconds + self.implied_lead_seconds
-        return (math.floor(deadline / self.deadline_quantum_seconds), -view.priority, view.arrival)
+        slot = math.floor(self.due_seconds(view) / self.deadline_quantum_seconds)
+        return (slot, -view.priority, view.arrival)
+
+    def due_seconds(self, view: AdvisoryView) -> float:
+        """When its request is expected."""
+        if view.deadline_seconds is not None:
+            return view.deadline_seconds
+        return view.received_seconds + self.implied_lead_seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,10 +169,11 @@ def plan_step(
         else limits.chunk_tokens,
         stage_block=Reason.DEMAND_FIRST if demand.stages_pending else Reason.SLOTS_IN_USE,
         load_block=Reason.SLOTS_IN_USE if flight.loads else Reason.DEMAND_FIRST,
-        order=sorted(views, key=limits.order_key),
+        views=views,
     )
-    for place, view in enumerate(step.order):
-        step.consider(view, place)
+    step.order = sorted(unsettled(views, step.device, step.host), key=limits.order_key)
+    for view in step.order:
+        step.consider(view)
     return Plan(
         probes=tuple(step.probes),
         clips=tuple(step.clips),
@@ -205,6 +215,24 @@ class _Level:
         self.free_tokens -= max(0, tokens - self.held(advisory_id))
 
 
+def unsettled(views: Sequence[AdvisoryView], device: _Level, host: _Level) -> list[AdvisoryView]:
+    """Without those that are ready and wholly held: most, most of the time."""
+    ready, to_device = State.READY, Target.DEVICE
+    levels = {
+        target: (level.budget.lengths, level.cap_tokens)
+        for target, level in ((to_device, device), (Target.HOST, host))
+    }
+    pending = []
+    for view in views:
+        if view.state is ready and view.device_tokens is not None:
+            lengths, cap_tokens = levels[view.target]
+            held = lengths.get(view.advisory_id, 0)
+            if held >= view.goal_tokens or held >= cap_tokens:
+                continue
+        pending.append(view)
+    return pending
+
+
 @dataclass(slots=True)
 class _Step:
     """The scratch of one `plan_step`."""
@@ -218,7 +246,8 @@ class _Step:
     load_tokens_left: int
     stage_block: Reason
     load_block: Reason
-    order: list[AdvisoryView]
+    views: Sequence[AdvisoryView]
+    order: list[AdvisoryView] = field(default_factory=list)
     probes: list[str] = field(default_factory=list)
     clips: list[Clip] = field(default_factory=list)
     drops: list[Drop] = field(default_factory=list)
@@ -227,7 +256,7 @@ class _Step:
     loads: list[Move] = field(default_factory=list)
     deferrals: list[Deferral] = field(default_factory=list)
 
-    def consider(self, view: AdvisoryView, place: int) -> None:
+    def consider(self, view: AdvisoryView) -> None:
         advisory_id = view.advisory_id
         if advisory_id in self.dropped:
             return
@@ -242,7 +271,9 @@ class _Step:
                 self.probe(view)
             return
         if view.state is State.READY or view.kind is Kind.RETAIN:
-            self.protect(view, place)
+            self.protect(view)
+            return
+        if not view.started and self.nothing_to_start(view):
             return
         goal = self.clip(view)
         if goal == 0:
@@ -258,27 +289,42 @@ class _Step:
             if worth < goal:
                 self.clips.append(Clip(view.advisory_id, worth, reason))
                 return
-        self.stage(view, place, goal)
+        self.stage(view, goal)
         if to_device:
-            self.load(view, place, goal)
+            self.load(view, goal)
+
+    def nothing_to_start(self, view: AdvisoryView) -> bool:
+        """Whether this step has no slot for what it needs next; defers it where so."""
+        upper = view.upper_tokens
+        if upper < view.goal_tokens and self.stages_left > 0:
+            return False
+        loadable = view.target is Target.DEVICE and upper > (view.device_tokens or 0)
+        if loadable and self.load_tokens_left > 0:
+            return False
+        if upper < view.goal_tokens:
+            self.defer(view, self.stage_block)
+        elif not self.loads:
+            # The group being full is progress, not a reason to defer.
+            self.defer(view, self.load_block)
+        return True
 
     def probe(self, view: AdvisoryView) -> None:
         if len(self.probes) < self.limits.probes_max:
             self.probes.append(view.advisory_id)
 
-    def protect(self, view: AdvisoryView, place: int) -> None:
+    def protect(self, view: AdvisoryView) -> None:
         """A ready advisory that is not wholly held is looked up again when budget is there."""
         level = self.device if view.target is Target.DEVICE else self.host
         wanted = min(view.goal_tokens, level.cap_tokens)
         held = level.held(view.advisory_id)
-        if held >= wanted:
+        if held >= wanted or level.blocked:
             return
         granted = level.extend(view.advisory_id, wanted)
         if granted > held:
             level.take(view.advisory_id, granted)
             self.probe(view)
         if granted < wanted:
-            self.make_room(view, place, level, wanted - granted)
+            self.make_room(view, level, wanted - granted)
 
     def clip(self, view: AdvisoryView) -> int:
         """The goal that is possible; 0 where the book has to hear of a lower one first."""
@@ -297,18 +343,25 @@ class _Step:
         return goal
 
     def gated(self, view: AdvisoryView, goal: int) -> tuple[int, Reason]:
-        """The part of `goal` that is faster to bring than to compute again."""
+        """The part of `goal` that is faster to bring than to compute again, or brought in time.
+
+        What is there when the request comes costs it nothing, however slow the level is, while
+        recomputing costs the device's time.
+        """
         device, upper = view.device_tokens or 0, view.upper_tokens
+        slack = self.limits.due_seconds(view) - self.now_seconds
         reason = Reason.NVME_SLOWER
-        if goal > upper and not self.gate.worth_loading(Level.NVME, goal - upper).use:
-            goal = page_floor(upper, self.limits.page_size)
+        if goal > upper:
+            decision = self.gate.worth_loading(Level.NVME, goal - upper)
+            if not decision.use and decision.load_seconds > slack:
+                goal = page_floor(upper, self.limits.page_size)
         if view.target is Target.DEVICE and device < goal <= upper:
             decision = self.gate.worth_loading(Level.HOST, goal - device)
-            if not decision.use:
+            if not decision.use and decision.load_seconds > slack:
                 goal, reason = page_floor(device, self.limits.page_size), Reason.HOST_SLOWER
         return goal, reason
 
-    def stage(self, view: AdvisoryView, place: int, goal: int) -> None:
+    def stage(self, view: AdvisoryView, goal: int) -> None:
         """One chunk from NVMe to host, held on host if the budget allows."""
         start = view.upper_tokens
         if start >= goal or view.staging:
@@ -327,14 +380,14 @@ class _Step:
             self.host.take(view.advisory_id, stop)
         elif view.target is Target.HOST or view.host_tokens > 0:
             self.defer(view, Reason.BUDGET_IN_USE)
-            self.make_room(view, place, self.host, stop - granted)
+            self.make_room(view, self.host, stop - granted)
             return
         # Without budget, one chunk may ride unprotected: the device load that frees it is next.
         self.host.room_tokens -= stop - start
         self.stages_left -= 1
         self.stages.append(Move(view.advisory_id, Hop.NVME_TO_HOST, start, stop))
 
-    def load(self, view: AdvisoryView, place: int, goal: int) -> None:
+    def load(self, view: AdvisoryView, goal: int) -> None:
         """A share of this step's one device load, held on device."""
         start = view.device_tokens or 0
         stop = min(goal, view.upper_tokens)
@@ -354,14 +407,14 @@ class _Step:
         granted = self.device.extend(view.advisory_id, stop)
         if granted <= start:
             self.defer(view, Reason.BUDGET_IN_USE)
-            self.make_room(view, place, self.device, stop - granted)
+            self.make_room(view, self.device, stop - granted)
             return
         self.device.take(view.advisory_id, granted)
         self.device.room_tokens -= granted - start
         self.load_tokens_left -= granted - start
         self.loads.append(Move(view.advisory_id, Hop.HOST_TO_DEVICE, start, granted))
 
-    def make_room(self, view: AdvisoryView, place: int, level: _Level, tokens: int) -> None:
+    def make_room(self, view: AdvisoryView, level: _Level, tokens: int) -> None:
         """Drop protections that rank below `view`, and keep later advisories from taking its turn.
 
         What rank below: strictly lower priorities; and, at most of equal priority and later in the
@@ -373,20 +426,21 @@ class _Step:
             return
         level.blocked = True
         moving = {move.advisory_id for move in (*self.stages, *self.loads)}
+        key = self.limits.order_key(view)
         victims = [
             other
-            for other_place, other in enumerate(self.order)
-            if level.held(other.advisory_id)
-            and other.advisory_id not in moving
-            and not (other.staging or other.loading)
-            and (
+            for other in self.views
+            if (
                 other.priority < view.priority
                 or (
                     other.priority == view.priority
-                    and other_place > place
                     and other.state is not State.READY
+                    and self.limits.order_key(other) > key
                 )
             )
+            and not (other.staging or other.loading)
+            and other.advisory_id not in moving
+            and level.held(other.advisory_id)
         ]
         victims.sort(key=lambda other: (other.priority, -other.arrival))
         for victim in victims:

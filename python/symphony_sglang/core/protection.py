@@ -75,6 +75,8 @@ class LevelLedger:
         self.lengths: Mapping[str, int] = MappingProxyType(self._lengths)
         # Grows with every change of a length.
         self.version = 0
+        # No hold expires before this: a step without expiry costs one comparison.
+        self._expiry_floor_seconds = float("inf")
 
     def __len__(self) -> int:
         return len(self._holds)
@@ -108,6 +110,8 @@ class LevelLedger:
         """
         old = self._holds.get(holder.holder_id)
         before = 0 if old is None else old.reserved_tokens
+        if old is not None and tokens <= before and old.holder == holder:
+            return before
         granted = tokens
         if tokens > before:
             self._held.remove(prefix, before)
@@ -124,6 +128,7 @@ class LevelLedger:
             resident = 0 if old is None else old.resident_tokens
             self._holds[holder.holder_id] = Hold(holder, prefix, resident, granted)
             self._lengths[holder.holder_id] = granted
+            self._lower_floor(holder)
             self.version += 1
         return granted
 
@@ -159,6 +164,10 @@ class LevelLedger:
         old = self._holds.get(holder.holder_id)
         if old is not None:
             self._holds[holder.holder_id] = replace(old, holder=holder)
+            self._lower_floor(holder)
+
+    def _lower_floor(self, holder: Holder) -> None:
+        self._expiry_floor_seconds = min(self._expiry_floor_seconds, holder.expires_seconds)
 
     def give_way(self, tokens_needed: int, below: tuple[int, int] | None = None) -> tuple[str, ...]:
         """Who has to let go so that `tokens_needed` tokens are held by nobody, in that order.
@@ -187,9 +196,13 @@ class LevelLedger:
 
     def expired(self, now_seconds: float) -> tuple[str, ...]:
         """Holders whose time is over, in the order they came."""
-        return tuple(
-            [key for key, hold in self._holds.items() if hold.holder.expires_seconds <= now_seconds]
-        )
+        if now_seconds < self._expiry_floor_seconds:
+            return ()
+        expiries = {key: hold.holder.expires_seconds for key, hold in self._holds.items()}
+        due = tuple([key for key, expires in expiries.items() if expires <= now_seconds])
+        # Who is due may be kept by the caller, and is due again then.
+        self._expiry_floor_seconds = min(expiries.values(), default=float("inf"))
+        return due
 
     def clear(self) -> tuple[str, ...]:
         ids = tuple(self._holds)
@@ -205,6 +218,8 @@ class LevelLedger:
         assert self.free_tokens + self.reserved_tokens + self.resident_tokens == self.cap_tokens
         assert self.free_tokens >= 0, (self.held_tokens, self.cap_tokens)
         assert self.reserved_tokens >= 0
+        for hold in self._holds.values():
+            assert hold.holder.expires_seconds >= self._expiry_floor_seconds
         self._held.check()
         self._resident.check()
         held, resident = PrefixUnion(), PrefixUnion()

@@ -79,10 +79,11 @@ class Estimate(NamedTuple):
 
 
 class Source(NamedTuple):
-    """A peer that has more of the prompt than the worker."""
+    """A peer that has more of the prompt than the worker; `fast_tokens` of it not on NVMe only."""
 
     worker_id: str
     tokens: int
+    fast_tokens: int
 
 
 class Way(NamedTuple):
@@ -349,7 +350,7 @@ class CostModel:
         pulled = end - to_nvme
         if pulled < self.settings.pull_tokens_min:
             return own
-        copy = worker.peer.seconds(pulled)
+        copy = self._copy_seconds(worker, source, to_nvme, end)
         load = worker.host.seconds(end - on_device)
         if to_nvme > to_host:
             load += worker.nvme.seconds(to_nvme - to_host)
@@ -360,6 +361,19 @@ class CostModel:
         tokens = TokenParts(on_device, to_host - on_device, to_nvme - to_host, pulled, total - end)
         offer = PullOffer(source.worker_id, end, to_nvme, copy, saved)
         return Way(load, copy, compute, tokens, offer)
+
+    def _copy_seconds(self, worker: WorkerCost, source: Source, start: int, end: int) -> float:
+        """Transfer of tokens `start:end`: after what is under way, and no faster than the peer
+        reads what it has on NVMe only."""
+        copy = worker.peer.seconds(end - start)
+        wait = worker.view.transfer_seconds
+        peer = self._workers.get(source.worker_id)
+        if peer is not None:
+            wait = max(wait, peer.view.transfer_seconds)
+            slow = end - max(start, source.fast_tokens)
+            if slow > 0:
+                copy = max(copy, peer.nvme.seconds(slow))
+        return wait + copy
 
 
 def median_rate(rates: Sequence[Rate | None], default: Rate | None) -> Rate:

@@ -343,22 +343,36 @@ def best_sources(
 ) -> dict[int, list[Source]]:
     """For each page size the two workers with most of the prompt that serve pages, most first.
 
-    A draining worker is as good a source as any. Among equals the one with the fewest requests.
+    A draining worker is as good a source as any. Among equals the one with the fewest transfers,
+    then the fewest requests.
     """
     sources: dict[int, list[Source]] = {}
     if True not in [view.pulls_pages for view in workers]:
         return sources
     for page_size, where in found.items():
         ranked = sorted(
-            (-where.pages[view.worker_id], view.load.requests, view.worker_id)
+            (
+                -where.pages[view.worker_id],
+                view.transfer_seconds,
+                view.load.requests,
+                view.worker_id,
+            )
             for view in workers
             if view.serves_pages
             and view.page_size == page_size
             and view.state is not WorkerState.UNHEALTHY
             and view.worker_id in where.pages
         )
-        sources[page_size] = [Source(name, -pages * page_size) for pages, _, name in ranked[:2]]
+        sources[page_size] = [
+            Source(name, -pages * page_size, fast_pages(where.match(name)) * page_size)
+            for pages, _, _, name in ranked[:2]
+        ]
     return sources
+
+
+def fast_pages(match: PrefixMatch) -> int:
+    """Pages on device or host."""
+    return match.device_pages + match.host_pages
 
 
 def describe_choice(

@@ -164,7 +164,8 @@ class WorkerView:
     """One cache domain as a policy sees it, at one instant.
 
     `page_size` 0 means unknown: the worker gets no credit for cached pages. `serves_pages` says
-    that others can pull pages from it, `pulls_pages` that it can pull.
+    that others can pull pages from it, `pulls_pages` that it can pull. `transfer_seconds` is how
+    long the page transfers to and from it that the router has begun will still take.
     """
 
     worker_id: str
@@ -177,6 +178,7 @@ class WorkerView:
     dp_rank: int | None = None
     serves_pages: bool = False
     pulls_pages: bool = False
+    transfer_seconds: float = 0.0
 
 
 class Reason(StrEnum):
@@ -322,7 +324,8 @@ class PolicySettings:
         stay_seconds: plus this: moving for less would not pay, and back and forth never does.
         displace_weight: What a second of somebody else's recompute counts, times the chance that
             evicted KV is asked for again.
-        contend_weight: What a second of slower decoding counts of one before the first token.
+        contend_weight: What a second of slower decoding counts of one before the first token. Low,
+            for the batch of this instant says little about the batch during the answer.
         blind_share: How much of a session's prompt its worker is taken to hold where no page hash
             tells.
         decode_step_seconds: Assumed time of a decode step where no worker has measured one.
@@ -348,7 +351,7 @@ class PolicySettings:
     stay_share: float = 0.25
     stay_seconds: float = 0.05
     displace_weight: float = 0.3
-    contend_weight: float = 0.5
+    contend_weight: float = 0.1
     blind_share: float = 0.75
     decode_step_seconds: float = 0.02
     output_tokens: int = 256

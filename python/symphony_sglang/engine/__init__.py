@@ -8,6 +8,15 @@ stack          builds the host level for a CPU machine
 host_pool      host memory pages, copied by torch
 messages       what travels between the HTTP process and the schedulers
 control        answers those messages inside each scheduler
+advisories     one rank's advisories: messages in, moves and locks out
+mover          reads from storage and loads to the device that advisories have in flight
+joins          requests that wait for an advisory's read instead of reading again
+locks          tree locks behind what is protected
+demotion       takes a session's KV off the device
+rates          measured speeds, and whether a level is worth using
+calibration    measures them once at the start
+harm           what advisories pushed out, and who missed it
+cost           what advisories cost the scheduler thread
 routes         the ``/symphony/*`` routes of the HTTP process
 residency      how full each level is
 launch         turns our settings into SGLang's arguments

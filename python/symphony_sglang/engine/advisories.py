@@ -10,7 +10,9 @@ from __future__ import annotations
 from array import array
 from typing import TYPE_CHECKING, Any
 
-from symphony_sglang.core.levels import Hop, Level, Target
+from symphony_sglang.core.gate import GateCounts, GateSnapshot
+from symphony_sglang.core.hot_prefixes import HotPrefixes
+from symphony_sglang.core.levels import PROTECTED_LEVELS, Hop, Level, Target
 from symphony_sglang.core.lifecycle import AdviseRequest, Kind, State, Status
 from symphony_sglang.core.moves import MoveResult, Reason
 from symphony_sglang.core.prefix import (
@@ -23,10 +25,14 @@ from symphony_sglang.core.prefix import (
 from symphony_sglang.core.promoter import Promoter, StepInputs
 from symphony_sglang.core.promotion import Demand, Plan
 from symphony_sglang.core.sessions import SessionKey, SessionTable
+from symphony_sglang.engine.cost import CostMeter, Work
+from symphony_sglang.engine.demotion import demote
+from symphony_sglang.engine.harm import HarmWatch
 from symphony_sglang.engine.locks import LockTable
 from symphony_sglang.engine.messages import AdvisoryAction, AdvisoryBatch
 from symphony_sglang.engine.mover import Mover
 from symphony_sglang.engine.pressure import admission_shortfall
+from symphony_sglang.engine.rates import RateBook
 from symphony_sglang.engine.session_keeper import SessionKeeper
 from symphony_sglang.engine.storage_view import stored_tokens
 
@@ -42,13 +48,25 @@ SEEN_MAX = 65_536
 class AdvisoryDriver:
     """One rank's advisories. `step` runs once a scheduler step, before admission."""
 
-    def __init__(self, cache: SymphonyCache, promoter: Promoter, sessions: SessionTable) -> None:
+    def __init__(
+        self,
+        cache: SymphonyCache,
+        promoter: Promoter,
+        sessions: SessionTable,
+        *,
+        break_even: float = 1.0,
+    ) -> None:
+        """`break_even` as ``RateBook``'s margin."""
         self.cache = cache
         self.promoter = promoter
         self.sessions = sessions
         self.mover = Mover(cache)
+        self.rates = RateBook(cache, break_even)
+        self.harm = HarmWatch(cache, promoter.outcomes)
+        self.cost = CostMeter()
         self.locks = LockTable(cache, self.mover, self._held_prefix)
         self.keeper = SessionKeeper(sessions)
+        self.hot_prefixes = HotPrefixes(promoter.page_size)
         self.scheduler: Any = None
         self.now_seconds = 0.0
         # The last step neither started nor ended anything, and no hint came since.
@@ -61,7 +79,7 @@ class AdvisoryDriver:
     @property
     def active(self) -> bool:
         """Whether time matters: something may expire, wait or be on its way."""
-        return bool(len(self.promoter.book) or self._holding or len(self.locks))
+        return bool(len(self.promoter.book) or self._holding or len(self.locks) or self.mover.busy)
 
     @property
     def requests_known(self) -> bool:
@@ -70,16 +88,18 @@ class AdvisoryDriver:
 
     # Messages -----------------------------------------------------------------------------------
 
-    def tick(self, now_seconds: float) -> None:
-        """Rank 0's clock; it never goes back."""
+    def tick(self, now_seconds: float, speeds: GateSnapshot | None = None) -> None:
+        """Rank 0's clock, which never goes back, and its speeds where they changed."""
         self.now_seconds = max(self.now_seconds, now_seconds)
+        self.rates.agree(speeds)
 
     def receive(self, batch: AdvisoryBatch) -> list[dict[str, Any]]:
         """Carry out a batch in order; one JSON-ready answer an action."""
         self.tick(batch.sent_seconds)
         self.settled = False
-        answers = [self._handle(action) for action in batch.actions]
-        self._apply_locks()
+        with self.cost.measure(Work.MESSAGE, max(1, len(batch.actions))):
+            answers = [self._handle(action) for action in batch.actions]
+            self._apply_locks()
         return answers
 
     def _handle(self, action: AdvisoryAction) -> dict[str, Any]:
@@ -90,7 +110,9 @@ class AdvisoryDriver:
                 return self._cancel(action)
             case "release":
                 return self._release(action)
-            case "demote" | "share" | "unsupported":
+            case "demote":
+                return self._demote(action)
+            case "share" | "unsupported":
                 return self._note(action, Status.UNSUPPORTED, action.reason or "not_yet_supported")
             case "receipt":
                 receipt = self.promoter.book.receipt(action.advisory_id)
@@ -152,6 +174,33 @@ class AdvisoryDriver:
             return self._note(action, Status.MISSING, Reason.UNKNOWN_SESSION)
         return self._note(action, Status.ACCEPTED, "", State.READY)
 
+    def _demote(self, action: AdvisoryAction) -> dict[str, Any]:
+        """Take a prefix off the device now; hints about it that came before are withdrawn."""
+        prefix, identity = self._resolve(action, Namespace(action.extra_key, action.cache_salt))
+        if prefix is None:
+            return self._note(action, Status.MISSING, Reason.UNKNOWN_SESSION)
+        for advisory_id in self.promoter.book.of_identity(identity):
+            self.mover.cancel_stage(advisory_id)
+            self.promoter.cancel(advisory_id, self.now_seconds)
+        self._apply_locks()
+        whole = self._whole_pages(prefix.tokens)
+        before = self.mover.find(prefix, whole).device_tokens
+        dropped = demote(self.cache, self.mover, prefix, whole)
+        if before and not dropped:
+            answer = self._note(action, Status.REJECTED, Reason.IN_USE)
+        else:
+            status = Status.CLIPPED if dropped < before else Status.ACCEPTED
+            reason = Reason.IN_USE if dropped < before else ""
+            answer = self._note(action, status, reason, State.READY)
+        after = self.mover.find(prefix, whole)
+        answer["tokens"] = {
+            "total": prefix.tokens,
+            "device": after.device_tokens,
+            "host": after.host_tokens,
+            "demoted": dropped,
+        }
+        return answer
+
     def _note(
         self,
         action: AdvisoryAction,
@@ -209,9 +258,16 @@ class AdvisoryDriver:
         device_tokens, host_tokens = int(match.device_prefix_len), int(match.host_hit_length)
         if not (device_tokens or host_tokens or len(self.promoter.book)):
             return
+        with self.cost.measure(Work.REQUEST):
+            self._request_arrived(request, match, device_tokens, host_tokens)
+
+    def _request_arrived(
+        self, request: Any, match: Any, device_tokens: int, host_tokens: int
+    ) -> None:
         namespace = Namespace(request.extra_key, request.cache_salt)
         prefix = Prefix(namespace, pack_tokens(request.origin_input_ids))
         if device_tokens or host_tokens:
+            self.hot_prefixes.found(prefix, device_tokens + host_tokens)
             self.promoter.hold_request(
                 request.rid,
                 prefix,
@@ -230,7 +286,13 @@ class AdvisoryDriver:
                 host_tokens,
                 self.now_seconds,
             )
+        self.harm.asked(prefix, match)
         self._apply_locks()
+
+    def request_gone(self, handle: Any) -> None:
+        """A request was aborted before it ended."""
+        self.mover.joins.leave(handle)
+        self._seen.pop(handle.rid, None)
 
     def turn_ended(self, request: Any, token_ids: array[int]) -> None:
         """A turn of a session is in the tree: remember its tokens for hints by session id."""
@@ -254,8 +316,13 @@ class AdvisoryDriver:
 
     def step(self) -> None:
         """After SGLang's own drains: note what ended, look up, decide, move, lock."""
-        if not self.active:
-            return
+        active = self.active
+        self.cost.looped(active)
+        if active:
+            with self.cost.measure(Work.STEP):
+                self._step()
+
+    def _step(self) -> None:
         self._note_ended_moves()
         self._release_admitted()
         self._yield_to_admission()
@@ -326,6 +393,7 @@ class AdvisoryDriver:
                 loads_pending=len(controller.load_queue) + self._foreign_loads(),
                 stages_pending=self._foreign_stages(),
             ),
+            gate=self.rates.agreed,
         )
 
     def _headroom_tokens(self) -> int:
@@ -358,7 +426,9 @@ class AdvisoryDriver:
         for move in plan.loads:
             advisory = self.promoter.book.get(move.advisory_id)
             prefix = None if advisory is None else advisory.prefix
+            self.harm.loading_for = move.advisory_id
             tokens = prefix and self.mover.queue_load(move.advisory_id, prefix, move.stop_tokens)
+            self.harm.loading_for = None
             if tokens:
                 started = True
             else:
@@ -383,9 +453,26 @@ class AdvisoryDriver:
         self.locks.reset()
         self._holding.clear()
 
+    def make_way_for_flush(self) -> None:
+        """The cache is about to be emptied, if it is idle: nothing of ours may stand in the way."""
+        running = self.scheduler.running_batch
+        if self.mover.busy and not self.scheduler.waiting_queue and not (running and running.reqs):
+            self.mover.end_all()
+
     def counters(self) -> dict[str, Any]:
+        outcomes = self.promoter.outcomes
+        gate = GateCounts.merge(self.rates.counts, self.promoter.gate_counts)
         return {
-            **self.promoter.outcomes.as_json(self.now_seconds),
+            **outcomes.as_json(self.now_seconds),
+            "held_byte_seconds": {
+                level.value: outcomes.held_token_seconds(level, self.now_seconds)
+                * self._token_bytes
+                for level in PROTECTED_LEVELS
+            },
+            "gate": gate.as_json(),
+            "rates": self.rates.as_json(),
+            "joined": self.mover.joins.joined,
+            "cost": self.cost.as_json(),
             "live": len(self.promoter.book),
             "sessions": len(self.sessions),
             "locks": len(self.locks),
@@ -395,3 +482,5 @@ class AdvisoryDriver:
         self.promoter.check()
         self.sessions.check()
         self.locks.check()
+        self.mover.joins.check()
+        self.rates.measured.check()

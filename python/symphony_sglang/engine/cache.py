@@ -7,28 +7,41 @@ SGLang's Rust and Python tree cores alike.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from sglang.srt.mem_cache.base_prefix_cache import (
+    CacheRequestHandle,
     EvictParams,
     EvictResult,
+    InitLoadBackParams,
     MatchPrefixParams,
     MatchResult,
 )
 from sglang.srt.mem_cache.registry import TreeCacheBuildContext, create_unified_radix_cache
+from sglang.srt.mem_cache.unified_cache.components import ComponentType
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from sglang.srt.runtime_context import get_memory, get_parallel
 
+from symphony_sglang.clock import SystemClock
 from symphony_sglang.config import SymphonyConfig
-from symphony_sglang.core.levels import page_floor
+from symphony_sglang.core.levels import Level, page_floor
+from symphony_sglang.core.prefix import Namespace
 from symphony_sglang.core.promoter import Promoter
 from symphony_sglang.core.promotion import PlannerLimits
 from symphony_sglang.core.sessions import SessionTable
 from symphony_sglang.engine import compat
 from symphony_sglang.engine.advisories import AdvisoryDriver
+from symphony_sglang.engine.feed import FeedDriver
+from symphony_sglang.engine.feed_disk import DiskEvents
+from symphony_sglang.engine.metrics import Reporter
+from symphony_sglang.engine.peer import PeerLevel
 
 BACKEND_NAME = "symphony"
+
+clock = SystemClock()
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +71,13 @@ class SymphonyCache(UnifiedRadixCache):
         self.advisories: AdvisoryDriver | None = None
         # An advisory's own load must not take the memory that other advisories protect.
         self._loading_for_advisory = False
+        self.reporter = Reporter(self)
+        # None on ranks that publish no feed.
+        self.feed: FeedDriver | None = None
+        # None on ranks without an NVMe level, or where it is turned off.
+        self.peer: PeerLevel | None = None
+        # None unless another publisher of SGLang's events than our feed was chosen.
+        self.disk_events: DiskEvents | None = None
         super().__init__(*args, **kwargs)
 
     def reset(self) -> None:
@@ -78,6 +98,16 @@ class SymphonyCache(UnifiedRadixCache):
         super().check_hicache_events()
         if self.advisories is not None:
             self.advisories.step()
+        self.reporter.step()
+
+    def drain_transfers(self) -> None:
+        """SGLang's part of the step alone: take the transfers that ended on all ranks."""
+        super().check_hicache_events()
+
+    def take_events(self) -> list[Any]:
+        """SGLang's events; the feed adds the NVMe level itself, for other publishers it is here."""
+        events: list[Any] = super().take_events()
+        return events if self.disk_events is None else self.disk_events.added_to(events)
 
     def match_prefix(self, params: MatchPrefixParams) -> MatchResult:
         """SGLang's match; the first one of a request tells the advisories that it came."""
@@ -102,6 +132,15 @@ class SymphonyCache(UnifiedRadixCache):
                 self.advisories.give_way(short)
         return super().evict_for_alloc(params, **kwargs)
 
+    def drop_device_copy(self, node_id: Any) -> None:
+        """Evict one free device leaf that has a host copy (``demotion`` makes sure of both)."""
+        self._evict_device_leaf(node_id, dict.fromkeys(self.tree_components, 0))
+
+    def _evict_device_leaf(self, node_id: Any, tracker: dict[Any, int]) -> Any:
+        if self.advisories is not None:
+            self.advisories.harm.evicting(node_id)
+        return super()._evict_device_leaf(node_id, tracker)
+
     # Loads --------------------------------------------------------------------------------------
 
     def load_back_for_advisory(self, node_id: Any) -> bool:
@@ -114,8 +153,8 @@ class SymphonyCache(UnifiedRadixCache):
 
     def start_advisory_loads(self) -> None:
         """Begin the copies that advisories queued, as one merged transfer."""
-        self._count_loads()
-        self.cache_controller.start_loading()
+        with self._loads_measured():
+            self.cache_controller.start_loading()
 
     def ready_to_load_host_cache(self) -> int:
         """Start the queued host-to-device copies; the slot that a batch must wait for, or -1.
@@ -124,19 +163,102 @@ class SymphonyCache(UnifiedRadixCache):
         way, a batch waits for the newest slot: copies run in order on one stream, so it covers the
         advisory's (decode_hicache_mixin.py:281 names the same race).
         """
-        self._count_loads()
-        slot = int(super().ready_to_load_host_cache())
+        with self._loads_measured():
+            slot = int(super().ready_to_load_host_cache())
         if slot < 0 and self.advisories is not None and self.advisories.mover.loads_in_flight:
             return int(self.cache_controller.layer_done_counter.producer_index)
         return slot
 
-    def _count_loads(self) -> None:
-        controller = self.cache_controller
-        if controller is not None and controller.load_queue:
+    @contextmanager
+    def _loads_measured(self) -> Iterator[None]:
+        """Count the queued loads; where the device copies at once (CPU), time them too."""
+        queue = [] if self.cache_controller is None else self.cache_controller.load_queue
+        tokens = sum(len(operation.device_indices) for operation in queue)
+        if tokens:
             self.level_counters.loads += 1
-            self.level_counters.loaded_tokens += sum(
-                len(operation.device_indices) for operation in controller.load_queue
+            self.level_counters.loaded_tokens += tokens
+        started = clock.monotonic()
+        yield
+        if tokens and self.advisories is not None and str(self.device).startswith("cpu"):
+            self.advisories.rates.loaded(tokens, clock.monotonic() - started)
+
+    def loading_check(self, finish_count: int | None = None) -> None:
+        """Take the loads that ended; a device with timed events says how long each took."""
+        driver, controller = self.advisories, self.cache_controller
+        ended = [] if controller is None or driver is None else list(controller.ack_load_queue)
+        super().loading_check(finish_count)
+        if driver is not None and controller is not None:
+            for ack in ended[: len(ended) - len(controller.ack_load_queue)]:
+                if ack.timing_enabled:
+                    milliseconds = ack.start_event.elapsed_time(ack.finish_event)
+                    driver.rates.loaded(ack.num_tokens, milliseconds / 1000.0)
+
+    def init_load_back(self, params: InitLoadBackParams) -> tuple[int, Any] | None:
+        """A request's own load from host, unless computing its tokens again is faster.
+
+        Declining is what SGLang does when the device has no room (schedule_policy.py, add_one_req).
+        """
+        host_tokens, driver = int(params.host_hit_length), self.advisories
+        if (
+            driver is not None
+            and host_tokens > 0
+            and self.tree_components == (ComponentType.FULL,)
+            and not driver.rates.worth_loading(Level.HOST, host_tokens)
+        ):
+            return 0, params.req.last_node
+        loaded: tuple[int, Any] | None = super().init_load_back(params)
+        return loaded
+
+    # Storage reads ------------------------------------------------------------------------------
+
+    def prefetch_from_storage(
+        self,
+        request: CacheRequestHandle,
+        last_host_node_id: Any,
+        new_input_tokens: Sequence[int],
+        last_hash: str | None = None,
+        prefix_keys: list[str] | None = None,
+        matched_prefix_tokens: Sequence[int] | None = None,
+        extra_key: str | None = None,
+        cache_salt: str | None = None,
+        storage_hit_end: int | None = None,
+    ) -> bool | None:
+        """A read for a request joins an advisory's, or is left out where recomputing is faster."""
+        driver = self.advisories
+        if driver is not None and self.enable_storage and not driver.mover.owns(request):
+            tokens = page_floor(len(new_input_tokens), self.page_size)
+            namespace = Namespace(extra_key, cache_salt)
+            matched = matched_prefix_tokens or ()
+            joined = driver.mover.joins.join(
+                request, matched, new_input_tokens, namespace, driver.now_seconds
             )
+            if joined or (tokens and not driver.rates.worth_loading(Level.NVME, tokens)):
+                self.storage_prefetch_retries.cancel(request.rid)
+                return None
+        issued: bool | None = super().prefetch_from_storage(
+            request,
+            last_host_node_id,
+            new_input_tokens,
+            last_hash,
+            prefix_keys,
+            matched_prefix_tokens,
+            extra_key,
+            cache_salt,
+            storage_hit_end,
+        )
+        return issued
+
+    def check_prefetch_progress(self, request: CacheRequestHandle) -> bool:
+        """Whether a request can be admitted: the read it joined counts as its own."""
+        driver = self.advisories
+        if driver is not None and driver.mover.joins.waiting(request, driver.now_seconds):
+            return False
+        return bool(super().check_prefetch_progress(request))
+
+    def release_aborted_request(self, request: CacheRequestHandle) -> None:
+        if self.advisories is not None:
+            self.advisories.request_gone(request)
+        super().release_aborted_request(request)
 
     def _log_write_ack_metrics(self, ack: Any) -> None:
         self.level_counters.backups += 1
@@ -173,7 +295,7 @@ def attach_advisories(cache: SymphonyCache) -> None:
         ),
         planner=PlannerLimits(page_size=cache.page_size),
     )
-    cache.advisories = AdvisoryDriver(cache, promoter, SessionTable())
+    cache.advisories = AdvisoryDriver(cache, promoter, SessionTable(), break_even=config.break_even)
 
 
 def build_cache(ctx: TreeCacheBuildContext) -> SymphonyCache:

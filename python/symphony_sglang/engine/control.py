@@ -8,14 +8,20 @@ from sglang.utils import TypeBasedDispatcher
 
 from symphony_sglang.clock import SystemClock
 from symphony_sglang.engine.cache import SymphonyCache
+from symphony_sglang.engine.calibration import calibrate_rank
+from symphony_sglang.engine.feed import attach_feed
 from symphony_sglang.engine.idle import watch_while_idle
 from symphony_sglang.engine.messages import (
     AdvisoryBatch,
     AdvisoryTick,
+    CalibrationRequest,
     ControlReply,
+    PeerRequest,
+    PullEnded,
     ResidencyRequest,
     SessionRestore,
 )
+from symphony_sglang.engine.peer_start import attach_peer
 from symphony_sglang.engine.residency import residency
 
 # Finer than any deadline that a caller can state, coarse enough to cost nothing.
@@ -43,8 +49,13 @@ def attach_control(_result: Any, scheduler: Any) -> None:
             (AdvisoryBatch, lambda batch: answer_batch(cache, batch)),
             (AdvisoryTick, lambda tick: take_tick(cache, tick)),
             (SessionRestore, lambda restore: take_sessions(cache, restore)),
+            (CalibrationRequest, lambda question: calibrate_rank(cache, question)),
+            (PeerRequest, lambda request: answer_peer(cache, request)),
+            (PullEnded, lambda message: end_pull(cache, message)),
         ]
     )
+    attach_feed(scheduler, cache)
+    attach_peer(scheduler, cache)
     cache.control_attached = True
 
 
@@ -55,9 +66,20 @@ def answer_batch(cache: SymphonyCache, batch: AdvisoryBatch) -> ControlReply:
     return ControlReply(body={"answers": cache.advisories.receive(batch)})
 
 
+def answer_peer(cache: SymphonyCache, request: PeerRequest) -> ControlReply:
+    if cache.peer is None:
+        return ControlReply(body={"error": "this worker serves and takes no pages (see its log)"})
+    return ControlReply(body=cache.peer.handle(request))
+
+
+def end_pull(cache: SymphonyCache, message: PullEnded) -> None:
+    if cache.peer is not None:
+        cache.peer.pull_ended(message)
+
+
 def take_tick(cache: SymphonyCache, tick: AdvisoryTick) -> None:
     if cache.advisories is not None:
-        cache.advisories.tick(tick.now_seconds)
+        cache.advisories.tick(tick.now_seconds, tick.speeds)
 
 
 def take_sessions(cache: SymphonyCache, restore: SessionRestore) -> None:
@@ -69,19 +91,41 @@ def append_tick(aborts: list[Any], scheduler: Any) -> list[Any] | None:
     """AFTER hook of ``Scheduler._poll_timeout_aborts``, which runs on rank 0 only.
 
     What it returns is broadcast in-band, so all ranks get the same time in the same step. Silent
-    while nothing can expire or move.
+    while nothing can expire or move. It is also where the feed learns of the step that just ended.
     """
     cache = scheduler.tree_cache
-    if not isinstance(cache, SymphonyCache) or cache.advisories is None:
+    if not isinstance(cache, SymphonyCache):
+        return None
+    if cache.feed is not None:
+        cache.feed.step()
+    if cache.advisories is None:
         return None
     driver = cache.advisories
     if driver.keeper.restore_pending:
         # In-band like the clock: ranks that read their own stores could differ after a crash.
         blobs = driver.keeper.load()
         return [*aborts, SessionRestore(blobs=blobs, now_seconds=clock.monotonic())]
+    now_seconds = clock.monotonic()
+    if cache.peer is not None and cache.peer.active:
+        ended = cache.peer.take_ended(now_seconds)
+        if ended:
+            return [*aborts, *ended]
     if not (driver.active or driver.requests_known):
         return None
-    now_seconds = clock.monotonic()
     if now_seconds - driver.now_seconds < (TICK_SECONDS if driver.active else IDLE_TICK_SECONDS):
         return None
-    return [*aborts, AdvisoryTick(now_seconds=now_seconds)]
+    return [*aborts, AdvisoryTick(now_seconds=now_seconds, speeds=driver.rates.to_send())]
+
+
+def make_way_for_flush(scheduler: Any, *_: Any, **__: Any) -> None:
+    """BEFORE hook of ``Scheduler.flush_cache``, which weight updates call too."""
+    cache = scheduler.tree_cache
+    if isinstance(cache, SymphonyCache) and cache.advisories is not None:
+        cache.advisories.make_way_for_flush()
+
+
+def measure_batch(scheduler: Any, batch: Any, result: Any, *_: Any) -> None:
+    """BEFORE hook of ``Scheduler.process_batch_result``: how fast prefill is, on this rank."""
+    cache = scheduler.tree_cache
+    if isinstance(cache, SymphonyCache) and cache.advisories is not None:
+        cache.advisories.rates.batch_ended(batch, result)

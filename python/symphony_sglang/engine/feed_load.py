@@ -67,6 +67,7 @@ class LoadGauge:
             requests_max=int(scheduler.max_running_requests),
             decode_step_seconds=self._decode_step(),
             speeds=self._speeds(),
+            draining=cache.peer is not None and cache.peer.leaving,
         )
 
     def _decode_step(self) -> float:

@@ -10,6 +10,7 @@ On CUDA SGLang's own pool and copy kernels stay in use; this class is for ``devi
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -41,6 +42,19 @@ class PageCopy(NamedTuple):
     runs: list[PageRun] | None
     host_pages: torch.Tensor
     device_pages: torch.Tensor
+
+
+class PageHold:
+    """Pages whose memory a device may still write to, though their read has been given up.
+
+    `freed` collects their slots as SGLang frees them; they join the free list when `released`
+    answers True.
+    """
+
+    def __init__(self, slots: torch.Tensor, released: Callable[[], bool]) -> None:
+        self.slots = slots
+        self.released = released
+        self.freed: list[torch.Tensor] = []
 
 
 def plan_page_copy(
@@ -81,6 +95,7 @@ class TorchHostPool(MHATokenToKVPoolHost):
                 f"{buffer_info.v_head_dim} values; this pool stores equal ones only"
             )
         self._plan: tuple[torch.Tensor, torch.Tensor, PageCopy] | None = None
+        self._holds: list[PageHold] = []
         super().__init__(buffer_info, *args, pin_memory=False, **kwargs)
 
     def _allocate_host_buffer(self) -> None:
@@ -106,6 +121,76 @@ class TorchHostPool(MHATokenToKVPoolHost):
         dims = (2, self.page_num, self.layer_num, self.page_size, self.head_num, self.head_dim)
         buffer: torch.Tensor = self.allocator.allocate(dims, self.dtype, self.device)
         return buffer
+
+    # Pages of a stuck read ----------------------------------------------------------------------
+
+    def hold_pages(self, host_indices: torch.Tensor, released: Callable[[], bool]) -> None:
+        """Withhold pages from the free list until `released()` answers True; any thread.
+
+        Args:
+            host_indices: int64 ``[token_count]``, whole pages that are allocated now. Their owner
+                frees them as always, and they stay out of use for as long as needed.
+            released: asked, with the pool's lock held, whenever slots are freed, allocated or
+                counted; must not block.
+        """
+        with self.lock:
+            held = PageHold(host_indices.cpu(), released)
+            assert self.slot_used[held.slots].all(), "pages to hold are not allocated"
+            self._holds.append(held)
+        logger.warning(
+            "host level: %d pages withheld until a stuck read ends",
+            len(host_indices) // self.page_size,
+        )
+
+    @property
+    def held_tokens(self) -> int:
+        """Slots that are out of use because of a stuck read."""
+        with self.lock:
+            return sum(len(hold.slots) for hold in self._holds)
+
+    def free(self, indices: torch.Tensor) -> int:
+        """SGLang's free; what is held becomes free later (pool_host/base.py:565)."""
+        with self.lock:
+            self._release_holds()
+            left = indices.cpu()
+            for hold in self._holds:
+                mine = torch.isin(left, hold.slots)
+                if mine.any():
+                    hold.freed.append(left[mine])
+                    left = left[~mine]
+            super().free(left)
+            return len(indices)
+
+    def alloc(self, need_size: int) -> torch.Tensor | None:
+        with self.lock:
+            self._release_holds()
+            taken: torch.Tensor | None = super().alloc(need_size)
+            return taken
+
+    def available_size(self) -> int:
+        with self.lock:
+            self._release_holds()
+            return int(super().available_size())
+
+    def clear(self) -> None:
+        """Everything is free, except what a stuck read still holds."""
+        super().clear()
+        for hold in self._holds:
+            self.slot_used[hold.slots] = True
+            hold.freed = [hold.slots]
+        if self._holds:
+            self.free_slots = self.free_slots[~self.slot_used[self.free_slots]]
+
+    def _release_holds(self) -> None:
+        if not self._holds:
+            return
+        ended = [hold for hold in self._holds if hold.released()]
+        self._holds = [hold for hold in self._holds if hold not in ended]
+        for hold in ended:
+            # What its owner has not freed yet is freed by its owner, as always.
+            for slots in hold.freed:
+                super().free(slots)
+            logger.info("host level: %d pages of a stuck read are back", len(hold.slots))
 
     def prepare_transfer_indices(
         self, host_indices: torch.Tensor, device_indices: torch.Tensor, io_backend: str

@@ -11,6 +11,9 @@ from typing import Any
 import msgspec
 from sglang.srt.managers.io_struct import BaseReq
 
+from symphony_sglang.core.gate import GateSnapshot
+from symphony_sglang.core.migration import Order
+
 
 class ResidencyRequest(BaseReq):
     """Ask each scheduler how full its levels are."""
@@ -48,9 +51,13 @@ class AdvisoryBatch(BaseReq):
 
 
 class AdvisoryTick(BaseReq):
-    """Rank 0's clock, for every rank: nothing decides by a clock of its own."""
+    """Rank 0's clock, for every rank: nothing decides by a clock of its own.
+
+    `speeds` are rank 0's measurements where they changed, for the break-even gate.
+    """
 
     now_seconds: float
+    speeds: GateSnapshot | None = None
 
 
 class SessionRestore(BaseReq):
@@ -58,6 +65,42 @@ class SessionRestore(BaseReq):
 
     blobs: list[bytes]
     now_seconds: float
+
+
+class PeerRequest(BaseReq):
+    """A pull, a question about one, or a router's order for a move (``engine.peer``)."""
+
+    verb: str
+    sent_seconds: float
+    pull_id: str = ""
+    advisory_id: str = ""
+    session_id: str | None = None
+    token_bytes: bytes | None = None
+    extra_key: str | None = None
+    cache_salt: str | None = None
+    source: str = ""
+    target: str = "device"
+    deadline_seconds: float = 60.0
+    order: Order | None = None
+
+
+class PullEnded(BaseReq):
+    """Rank 0 to all ranks: a pull has ended on every one of them; `tokens` are here on each."""
+
+    pull_id: str
+    stored: bool
+    complete: bool
+    reason: str
+    tokens: int
+    bytes_copied: int
+    blob: bytes | None
+    now_seconds: float
+
+
+class CalibrationRequest(BaseReq):
+    """Take these speeds over (``rates.rates_json``), or, where there are none, measure them."""
+
+    speeds: dict[str, Any] | None = None
 
 
 class ControlReply(BaseReq):

@@ -9,6 +9,7 @@ Scheduler thread only.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,11 +18,13 @@ from sglang.srt.mem_cache.radix_cache import RadixKey
 
 from symphony_sglang.core.moves import MoveResult
 from symphony_sglang.core.prefix import TOKEN_BYTES, Prefix, unpack_tokens
+from symphony_sglang.engine.joins import JoinTable
 
 if TYPE_CHECKING:
     from symphony_sglang.engine.cache import SymphonyCache
 
 HANDLE_PREFIX = "symphony-advisory-"
+END_ROUNDS, END_ROUND_SECONDS = 400, 0.005
 
 
 class Found(NamedTuple):
@@ -43,13 +46,17 @@ class MoveEnd(NamedTuple):
 
 
 @dataclass(slots=True)
-class _Stage:
+class Stage:
+    """One read from storage, of tokens `start_tokens:stop_tokens` of a prefix."""
+
     advisory_id: str
+    prefix: Prefix
     start_tokens: int
     stop_tokens: int
     # Why it fell short, where SGLang said so while the operation was running.
     declined: bool = False
     failed: bool = False
+    told: bool = False  # SGLang gave some reason already
 
 
 @dataclass(slots=True)
@@ -64,9 +71,15 @@ class Mover:
 
     def __init__(self, cache: SymphonyCache) -> None:
         self._cache = cache
-        self._stages: dict[CacheRequestHandle, _Stage] = {}
+        self._stages: dict[CacheRequestHandle, Stage] = {}
         self._loads: list[_Load] = []
         self._counter = 0
+        self.joins = JoinTable(cache, self)
+
+    @property
+    def busy(self) -> bool:
+        """Something of ours is under way, for an advisory that lives or for nobody any more."""
+        return bool(self._stages or self._loads)
 
     @property
     def loads_in_flight(self) -> int:
@@ -81,6 +94,7 @@ class Mover:
         """The tree was emptied: every handle is void."""
         self._stages.clear()
         self._loads.clear()
+        self.joins.reset()
 
     def key(self, prefix: Prefix, tokens: int) -> RadixKey:
         namespace = prefix.namespace
@@ -135,21 +149,52 @@ class Mover:
         if handle not in cache.ongoing_prefetch:
             cache.storage_prefetch_retries.cancel(handle.rid)
             return None
-        self._stages[handle] = _Stage(advisory_id, start, stop_tokens)
+        self._stages[handle] = Stage(advisory_id, prefix, start, stop_tokens)
         return start
+
+    def owns(self, handle: CacheRequestHandle) -> bool:
+        """Whether a read is an advisory's own: SGLang knows it by the same kind of handle."""
+        return handle.rid.startswith(HANDLE_PREFIX)
+
+    def reading(self) -> list[tuple[CacheRequestHandle, Stage]]:
+        """Stages whose read has not ended, in starting order."""
+        ongoing = self._cache.ongoing_prefetch
+        return [(handle, stage) for handle, stage in self._stages.items() if handle in ongoing]
 
     def note_shortfall(self, handle: CacheRequestHandle, reason: str | None) -> None:
         """SGLang gave up part of a stage (``_finish_storage_prefetch``); remember why."""
         stage = self._stages.get(handle)
-        if stage is not None:
-            stage.declined |= reason == "host_capacity"
-            stage.failed |= reason in ("storage_transfer", "deadline", "dropped")
+        if stage is None or reason is None:
+            return
+        stage.declined |= reason == "host_capacity"
+        stage.failed |= reason in ("storage_transfer", "deadline")
+        # Every revoked read is called dropped at its end, also one that found nothing on disk: only
+        # where nothing else was said before, something was really dropped.
+        stage.failed |= reason == "dropped" and not stage.told
+        stage.told = True
 
     def cancel_stage(self, advisory_id: str) -> None:
-        """Stop reading for an advisory that ended; what has arrived stays in the tree."""
-        for handle, stage in list(self._stages.items()):
-            if stage.advisory_id == advisory_id and handle in self._cache.ongoing_prefetch:
+        """Stop reading for an advisory that ended, unless a request waits for what is read."""
+        for handle, stage in self.reading():
+            if stage.advisory_id == advisory_id and not self.joins.wanted(handle):
                 self._cache.release_aborted_request(handle)
+
+    def end_all(self) -> None:
+        """Let every transfer of ours run out soon, so that the cache can be emptied.
+
+        SGLang refuses a flush, and with it the flush after a weight update, while anything is under
+        way. Rounds are counted, not timed: each drains what all ranks agree on, so all ranks stop
+        after the same one. A read that hangs longer leaves the flush refused.
+        """
+        ongoing = self._cache.ongoing_prefetch
+        for handle, _ in self.reading():
+            self._cache.cache_controller.terminate_prefetch(ongoing[handle].operation)
+        for _ in range(END_ROUNDS):
+            loads = [load for load in self._loads if load.node in self._cache.ongoing_load_back]
+            if not loads and not self.reading():
+                return
+            time.sleep(END_ROUND_SECONDS)
+            self._cache.drain_transfers()
 
     def take_ended_stages(self) -> list[MoveEnd]:
         """Stages that left SGLang's table since the last call, in starting order."""
@@ -163,7 +208,9 @@ class Mover:
             loaded, _start = cache.pop_prefetch_loaded_span(handle)
             cache.discard_storage_prefetch_accounting(handle)
             cache.storage_prefetch_retries.cancel(handle.rid)
-            ends.append(MoveEnd(stage.advisory_id, stage_result(stage, loaded), loaded))
+            result = stage_result(stage, loaded)
+            self.joins.ended(handle, stage, result, loaded)
+            ends.append(MoveEnd(stage.advisory_id, result, loaded))
         return ends
 
     # Host to device -----------------------------------------------------------------------------
@@ -201,7 +248,7 @@ class Mover:
         return [MoveEnd(load.advisory_id, MoveResult.DONE, load.tokens) for load in ended]
 
 
-def stage_result(stage: _Stage, loaded_tokens: int) -> MoveResult:
+def stage_result(stage: Stage, loaded_tokens: int) -> MoveResult:
     """Why a stage ended where it did."""
     if loaded_tokens >= stage.stop_tokens - stage.start_tokens:
         return MoveResult.DONE

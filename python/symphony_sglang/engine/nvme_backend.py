@@ -14,7 +14,7 @@ from __future__ import annotations
 import atexit
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -46,9 +46,11 @@ from symphony_sglang.store import (
     PlacedPage,
     ReadOutcome,
     ReadResult,
+    ResidencyDrain,
     WriteOutcome,
     joined_from_hex,
     keys_from_hex,
+    piece_of,
 )
 
 logger = logging.getLogger(__name__)
@@ -57,6 +59,9 @@ logger = logging.getLogger(__name__)
 # 4 x layers x width, which lies between 18 and 35 thousand tokens for dense models of 1 to 8 B.
 ATTENTION_EQUAL_TOKENS = 32768
 BANDWIDTHS_MAX = 1024
+BACKUP_HOOK = (
+    "sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller.HybridCacheController._page_backup"
+)
 
 _active: list[NvmeBackend] = []
 
@@ -78,8 +83,14 @@ class NvmeBackend(HiCacheStorage):
         self.mem_pool_host: Any = None
         self._clock = clock or SystemClock()
         self._store: PageStore | None = None
+        # Told (pages, seconds) of every read into the host pool, on SGLang's storage thread.
+        self.on_read: Callable[[int, float], None] | None = None
         self._metrics_lock = threading.Lock()
         self._metrics = StorageMetrics()
+        self.backups_skipped = 0  # while the disk took no writes
+        # A consumer of the feed knows nothing of a store that was just opened or closed.
+        self._resync = threading.Event()
+        self._resync.set()
 
     @property
     def store(self) -> PageStore:
@@ -104,6 +115,7 @@ class NvmeBackend(HiCacheStorage):
         self._store = PageStore(self.config.directory, namespace, settings, clock=self._clock)
         for buffer in pool_memory(mem_pool_host):
             self._store.register_memory(*buffer)
+        self._resync.set()
         if not _active:
             atexit.register(close_all)
         _active.append(self)
@@ -129,9 +141,13 @@ class NvmeBackend(HiCacheStorage):
         extra_info: HiCacheStorageExtraInfo | None = None,
     ) -> list[bool]:
         """Fill host pages from disk. `host_indices` (len(keys) x page_size,) int64."""
+        started = self._clock.monotonic()
         names = keys_from_hex(keys)
         self._touch_prefix(extra_info)
-        return self._read(names, self._pieces(host_indices, len(keys)), None, host_indices)
+        hits = self._read(names, self._pieces(host_indices, len(keys)), None, host_indices)
+        if self.on_read is not None:
+            self.on_read(sum(hits), self._clock.monotonic() - started)
+        return hits
 
     def read_layers(
         self, keys: list[str], host_indices: torch.Tensor, first_layer: int, layer_count: int
@@ -162,19 +178,7 @@ class NvmeBackend(HiCacheStorage):
         """Write host pages to disk; True for what is there now, False for what is not."""
         names = keys_from_hex(keys)
         depth = self._touch_prefix(extra_info)
-        tokens = self.store.namespace.page_tokens
-        pages = [
-            PlacedPage(
-                name,
-                pieces,
-                cost=1.0 + (depth + at) * tokens / ATTENTION_EQUAL_TOKENS,
-                depth=depth + at,
-            )
-            for at, (name, pieces) in enumerate(
-                zip(names, self._pieces(host_indices, len(keys)), strict=True)
-            )
-        ]
-        return self._write(pages)
+        return self._write(self._placed(names, self._pieces(host_indices, len(keys)), depth))
 
     def _touch_prefix(self, extra_info: HiCacheStorageExtraInfo | None) -> int:
         """A page is only of use with all before it: those count as used too. Returns how many."""
@@ -212,13 +216,15 @@ class NvmeBackend(HiCacheStorage):
         SGLang frees the pages of a failed read as soon as this thread returns. A pool with
         ``hold_pages(host_indices, released)`` takes them over; for any other this thread waits:
         the store is off by then, so lookups miss at once and no request queues up behind it.
+        It waits too where several ranks must have equally many free pages at every step
+        (cache_controller.py:1276), because only this rank's would be fewer.
         """
         hold = result.hold
         if hold is None:
             return
         page_tokens = self.store.namespace.page_tokens
         take_over: Callable[..., None] | None = getattr(self.mem_pool_host, "hold_pages", None)
-        if take_over is None:
+        if take_over is None or self._ranks() > 1:
             logger.warning("NVMe level: waiting for %d pages of a stuck read", len(hold.positions))
             hold.wait(None)
             return
@@ -226,6 +232,10 @@ class NvmeBackend(HiCacheStorage):
             [host_indices[at * page_tokens : (at + 1) * page_tokens] for at in hold.positions]
         )
         take_over(held, lambda: hold.wait(0))
+
+    def _ranks(self) -> int:
+        config = self.storage_config
+        return int(config.tp_size * config.pp_size * config.attn_cp_size)
 
     def _write(self, pages: Sequence[PlacedPage]) -> list[bool]:
         started = self._clock.monotonic()
@@ -345,6 +355,90 @@ class NvmeBackend(HiCacheStorage):
     def exists(self, key: str) -> bool:
         return self.batch_exists([key]) == 1
 
+    # --- residency feed -------------------------------------------------------------------------
+
+    def drain_residency_events(self, limit: int = 4096) -> ResidencyDrain:
+        """Pages stored on and removed from this rank's disk since the last call, in order.
+
+        For one consumer; callable from any thread at any time, an open store or not, and short
+        enough for the scheduler thread (a lock and a copy of at most `limit` events).
+
+        Returns:
+            `events`: (stored, key) with the 32-byte page digest, each announced after the commit
+            that made it durable, so a restarted worker still has what was announced.
+            `resync`: what the consumer knew is void (first call, overflow of the queue, the store
+            opened, closed or cleared as a whole, the disk gone or back): forget this level, drop
+            `events` of this very answer, take ``residency_snapshot`` and go on draining.
+        """
+        resync = self._resync.is_set()
+        if resync:
+            self._resync.clear()
+        store = self._store
+        if store is None:
+            return ResidencyDrain([], resync)
+        drained = store.drain_events(limit)
+        return drained._replace(resync=drained.resync or resync)
+
+    def residency_snapshot(self) -> Iterator[list[bytes]]:
+        """The 32-byte digests of every durable page of this rank, in chunks of at most 4,096.
+
+        Take it after a drain that asked for it and before the next one: what changes meanwhile is
+        in the drains that follow, and applying an event twice changes nothing. Empty without an
+        open store and while the disk is off. Any thread; each chunk holds the store's lock for
+        well under a millisecond.
+        """
+        store = self._store
+        return iter(()) if store is None else store.snapshot()
+
+    # --- pages for others than the host pool (migration) ----------------------------------------
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page of this rank: K of all layers, then V of all layers."""
+        return self.store.namespace.page_bytes
+
+    def read_pages(self, keys: Sequence[bytes], buffers: Sequence[Any]) -> ReadResult:
+        """Read pages by digest into memory that is not the host pool's; any thread.
+
+        Args:
+            keys: 32-byte page digests.
+            buffers: for each key a writable, contiguous buffer of ``page_bytes`` bytes. At
+                addresses that are multiples of 4,096 (an mmap) they are read without a copy.
+
+        Returns:
+            HIT for what was filled and verified. Where `hold` is not None the kernel may still
+            write to the buffers of `hold.positions`: keep them until `hold.wait(None)`.
+
+        Raises:
+            StoreError: a key is no digest, or a buffer has another size than its page.
+        """
+        return self.store.read(keys, [[piece_of(buffer)] for buffer in buffers])
+
+    def write_pages(
+        self, keys: Sequence[bytes], buffers: Sequence[Any], first_depth: int = 0
+    ) -> list[WriteOutcome]:
+        """Write pages by digest from memory that is not the host pool's; any thread.
+
+        Args:
+            keys: 32-byte page digests, neighbours in their prefix.
+            buffers: as for ``read_pages``; free again when this returns.
+            first_depth: pages before the first one in its prefix, which eviction goes by.
+
+        Returns:
+            WRITTEN or PRESENT for what is on disk now; REFUSED or FAILED for what is not.
+        """
+        pieces = [[piece_of(buffer)] for buffer in buffers]
+        return self.store.write(self._placed(keys, pieces, first_depth))
+
+    def _placed(
+        self, keys: Sequence[bytes], pieces: Sequence[Sequence[Piece]], first_depth: int
+    ) -> list[PlacedPage]:
+        tokens = self.store.namespace.page_tokens
+        return [
+            PlacedPage(key, page, cost=1.0 + depth * tokens / ATTENTION_EQUAL_TOKENS, depth=depth)
+            for depth, (key, page) in enumerate(zip(keys, pieces, strict=True), first_depth)
+        ]
+
     # --- upkeep ---------------------------------------------------------------------------------
 
     def clear(self) -> None:
@@ -362,7 +456,24 @@ class NvmeBackend(HiCacheStorage):
         if store is not None:
             if self in _active:
                 _active.remove(self)
+            self._resync.set()
             store.close()
+
+
+def skip_backup_while_unwritable(
+    page_backup: Callable[..., Any], controller: Any, operation: Any
+) -> Any:
+    """AROUND hook of ``HybridCacheController._page_backup``, on the backup thread.
+
+    SGLang logs a warning for every backup that fails (cache_controller.py:1429). While our disk is
+    full, read-only or off the store has said so once, so the backup is acknowledged with no token
+    written, as one that another rank is to write is; it goes on when the disk is back.
+    """
+    backend = controller.storage_backend
+    if isinstance(backend, NvmeBackend) and not backend.writable:
+        backend.backups_skipped += 1
+        return None
+    return page_backup(controller, operation)
 
 
 def close_all() -> None:

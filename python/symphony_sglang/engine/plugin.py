@@ -55,6 +55,7 @@ def _register_cache() -> None:
 def _register_hooks() -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
+    from symphony_sglang.engine import nvme_backend
     from symphony_sglang.engine.control import (
         append_tick,
         attach_control,
@@ -67,6 +68,9 @@ def _register_hooks() -> None:
     HookRegistry.register(compat.RESULT_HOOK, measure_batch, HookType.BEFORE)
     HookRegistry.register(compat.FLUSH_HOOK, make_way_for_flush, HookType.BEFORE)
     HookRegistry.register(compat.SCHEDULER_START_HOOK, _bind_rank, HookType.BEFORE)
+    HookRegistry.register(
+        nvme_backend.BACKUP_HOOK, nvme_backend.skip_backup_while_unwritable, HookType.AROUND
+    )
 
 
 def _register_feed() -> None:
@@ -103,8 +107,9 @@ def _register_routes() -> None:
 def _register_request_hooks() -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from symphony_sglang.engine import request_hooks, ui_routes
+    from symphony_sglang.engine import leave, request_hooks, ui_routes
 
+    HookRegistry.register(leave.WATCHDOG_HOOK, leave.hand_off_then_leave, HookType.AROUND)
     HookRegistry.register(compat.AUTH_HOOK, ui_routes.let_page_through, HookType.AFTER)
     HookRegistry.register(
         request_hooks.VALIDATE_HOOK, request_hooks.check_token_ids, HookType.BEFORE

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Callable
 
 from symphony_sglang.core.sessions import (
     SessionKey,
+    SessionRecord,
     SessionTable,
     decode_session,
     encode_session,
@@ -40,12 +42,18 @@ class SessionKeeper:
         self._sessions = sessions
         # Rank 0 reads its store once and hands the records to all ranks.
         self.restore_pending = True
+        # Told of every change, None for a session that is gone.
+        self.listeners: list[Callable[[SessionKey, SessionRecord | None], None]] = []
 
     def save(self, now_seconds: float) -> None:
         store = session_store()
-        if store is None:
+        if store is None and not self.listeners:
             return
         for key, record in self._sessions.take_dirty():
+            for listener in self.listeners:
+                listener(key, record)
+            if store is None:
+                continue
             try:
                 if record is None:
                     store.delete_record(RECORD_KIND, record_id(key))
@@ -77,6 +85,8 @@ class SessionKeeper:
                 restored += self._sessions.restore(decode_session(blob, now_seconds))
             except SessionRecordError as error:
                 logger.warning("a stored session record is left out: %s", error)
-        self._sessions.take_dirty(len(blobs))
+        for key, record in self._sessions.take_dirty(len(blobs)):
+            for listener in self.listeners:
+                listener(key, record)
         if blobs:
             logger.info("sessions: %d of %d stored records restored", restored, len(blobs))

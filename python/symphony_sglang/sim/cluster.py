@@ -16,11 +16,14 @@ from symphony_sglang.sim.worker import Features, SimRequest, SimWorker
 
 @dataclass(frozen=True, slots=True)
 class AdviceMix:
-    """Which advisories are sent. `oracle` sends each at the end of the turn before."""
+    """Which advisories are sent, when the user starts to type.
+
+    `oracle_lead_seconds` instead sends each just so long before its turn, which nobody can know.
+    """
 
     missing_share: float = 0.0
     false_share: float = 0.0
-    oracle: bool = False
+    oracle_lead_seconds: float | None = None
     expires_seconds: float = 60.0
 
 
@@ -37,6 +40,7 @@ class RunRules:
     seconds: float
     advice: AdviceMix | None = None
     migrate: bool = False
+    ramp_seconds: float | None = None  # over which users arrive; None: one mean pause
     page_size: int = 256
     protect_device: float = 0.3
     protect_host: float = 0.5
@@ -70,11 +74,13 @@ class Cluster:
         self.workers: dict[str, SimWorker] = {}
         for number in range(rules.workers):
             self._add_worker(f"worker-{number}")
-        self.users = [User(number, rules.users, rules.seed) for number in range(rules.users.users)]
+        closed = 0 if rules.users.session_rate else rules.users.users
+        self.users = [User(number, rules.users, rules.seed) for number in range(closed)]
         self._draw = random.Random(f"cluster/{rules.seed}")
         self._made = 0
         self._advisories = 0
         self._user_of: dict[int, User] = {}
+        self._prepared: dict[int, SimWorker] = {}  # where a session was last advised
         self._open = 0
 
     def _add_worker(self, name: str) -> None:
@@ -91,6 +97,7 @@ class Cluster:
             rules.page_size,
             changed,
             self._ended,
+            first_token=self.placement.first_token,
         )
         if rules.advice is not None or rules.features.protect_queued:
             worker.promotions = Promotions(
@@ -106,10 +113,20 @@ class Cluster:
 
     def run(self) -> list[SimRequest]:
         """Simulate; users stop asking when the time is over, and what is under way ends."""
-        pause = self.rules.users.reading_seconds + self.rules.users.typing_seconds
+        rules = self.rules.users
+        ramp = self.rules.ramp_seconds
+        if ramp is None:
+            ramp = rules.reading_seconds + rules.typing_seconds
+        if rules.session_rate:
+            self._arrive()
+        workers = list(self.workers.values())
         for user in self.users:
             turn, _ = user.next_turn()
-            self._ask_at(user, turn, self._draw.uniform(0.0, pause))
+            if turn.turn:
+                worker = workers[user.number % len(workers)]
+                worker.remember(turn.session, turn.history_tokens)
+                self.placement.remembered(turn.session, turn.history_tokens, worker.name)
+            self._ask_at(user, turn, self._draw.uniform(0.0, ramp))
         self.loop.after(1.0, self._sample)
         self.loop.run(self.rules.seconds)
         horizon = self.rules.seconds
@@ -117,6 +134,19 @@ class Cluster:
             horizon += self.rules.seconds / 4
             self.loop.run(horizon)
         return self.requests
+
+    def _arrive(self) -> None:
+        """Open loop: the next conversation begins after a gamma-distributed gap."""
+        rules = self.rules.users
+        spread = rules.arrival_variation**2
+        gap = self._draw.gammavariate(1 / spread, spread / rules.session_rate)
+        due = self.loop.now_seconds + gap
+        if due < self.rules.seconds:
+            user = User(len(self.users), rules, self.rules.seed)
+            self.users.append(user)
+            turn, _ = user.next_turn()
+            self._ask_at(user, turn, due)
+            self.loop.at(due, self._arrive)
 
     def _sample(self) -> None:
         self.counts.loads.append(
@@ -132,7 +162,9 @@ class Cluster:
         self._user_of[turn.session] = user
         advice = self.rules.advice
         if advice is not None and turn.turn > 0:
-            lead = turn.think_seconds if advice.oracle else turn.lead_seconds
+            lead = turn.lead_seconds
+            if advice.oracle_lead_seconds is not None:
+                lead = min(advice.oracle_lead_seconds, turn.think_seconds)
             self.loop.at(max(self.loop.now_seconds, due_seconds - lead), self._advise, user, turn)
         self.loop.at(due_seconds, self._send, user, turn, due_seconds)
 
@@ -151,6 +183,9 @@ class Cluster:
         self._open += 1
         decision = self.placement.route(request)
         worker = self.workers[decision.worker_id]
+        prepared = self._prepared.pop(turn.session, None)
+        if prepared is not None and prepared is not worker and prepared.promotions is not None:
+            prepared.promotions.withdraw(turn.session)
         if decision.pull is not None and self.rules.migrate:
             self.counts.pulls += 1
             source = self.workers[decision.pull.source_worker_id]
@@ -166,7 +201,6 @@ class Cluster:
     def _ended(self, request: SimRequest) -> None:
         self._open -= 1
         self.requests.append(request)
-        self.placement.first_token(request)
         self.placement.ended(request)
         self.placement.turn_ended(request)
         user = self._user_of[request.session]
@@ -175,6 +209,8 @@ class Cluster:
         if over is not None:
             self.placement.forget(over)
             self._user_of.pop(over, None)
+            if self.rules.users.session_rate:
+                return
         self._ask_at(user, turn, self.loop.now_seconds + turn.think_seconds)
 
     # Advisories ---------------------------------------------------------------------------------
@@ -185,13 +221,13 @@ class Cluster:
         if self._draw.random() < advice.missing_share:
             self.counts.advisories_left_out += 1
         else:
-            self._advise_session(turn.session, user.context_tokens)
+            self._advise_session(turn.session, turn.history_tokens)
         extra = advice.false_share / (1.0 - advice.false_share)
         for _ in range(int(extra) + (self._draw.random() < extra - int(extra))):
             other = self._draw.choice(self.users)
-            if other is not user and other.context_tokens:
+            if other is not user and other.history_tokens:
                 self.counts.false_advisories += 1
-                self._advise_session(other.session, other.context_tokens)
+                self._advise_session(other.session, other.history_tokens)
 
     def _advise_session(self, session: int, tokens: int) -> None:
         self.counts.advisories += 1
@@ -201,12 +237,14 @@ class Cluster:
         choice = self.placement.advise(session, tokens)
         target = self.workers[choice.worker_id]
         source_id = choice.source_worker_id
-        if source_id is None or source_id == choice.worker_id:
+        if source_id is not None and source_id != choice.worker_id and not self.rules.migrate:
+            target = self.workers[source_id]
+        if source_id in (None, target.name):
+            ready = self.loop.now_seconds + choice.cost.bring
+            self.placement.promised(session, target.name, tokens, ready)
             self._promote(target, session, tokens)
             return
-        if not self.rules.migrate:
-            self._promote(self.workers[source_id], session, tokens)
-            return
+        assert source_id is not None
         source = self.workers[source_id]
         self.counts.moves += 1
         done = self._copy(source, target, session)
@@ -225,7 +263,10 @@ class Cluster:
         if on_disk:
             ready = source.disk.reserve(on_disk * source.speeds.token_bytes)
         sent = source.network.reserve(size, not_before_seconds=ready)
-        return max(sent, target.network.reserve(size, not_before_seconds=ready))
+        done = max(sent, target.network.reserve(size, not_before_seconds=ready))
+        for worker in (source, target):
+            worker.transfers_until_seconds = max(worker.transfers_until_seconds, done)
+        return done
 
     def _land(self, source: SimWorker, target: SimWorker, session: int) -> int:
         """The copied pages are in the target's host memory, and on their way to its disk."""
@@ -237,13 +278,15 @@ class Cluster:
 
     def _moved(self, source: SimWorker, target: SimWorker, session: int, tokens: int) -> None:
         self._land(source, target, session)
-        self._promote(target, session, tokens)
+        if self.placement.is_promised(session, target.name):
+            self._promote(target, session, tokens)
 
     def _promote(self, worker: SimWorker, session: int, tokens: int) -> None:
         assert self.rules.advice is not None
         if worker.promotions is None:
             return
         self._advisories += 1
+        self._prepared[session] = worker
         worker.promotions.advise(
             f"a{self._advisories}", session, tokens, self.rules.advice.expires_seconds
         )

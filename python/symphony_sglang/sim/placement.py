@@ -29,7 +29,9 @@ from symphony_sglang.sim.worker import SimRequest, SimWorker
 
 FEED_SECONDS = 0.02
 REPORT_SECONDS = 0.25
+HEARTBEAT_SECONDS = 1.0
 HASH_PAGES_STEP = 64
+TRANSFER_STEP_SECONDS = 0.02  # the router's idea of a backlog is about as fine as this
 
 
 @lru_cache(maxsize=16_384)
@@ -72,7 +74,10 @@ class Placement:
         self._workers: dict[str, SimWorker] = {}
         self._rates: dict[str, WorkerRates] = {}
         self._changes: list[Change] = []
+        self._views: dict[str, WorkerView] = {}
+        self._reports: dict[str, tuple[LoadView, float]] = {}
         self._advised: dict[int, AdvisedPlace] = {}
+        loop.after(1.0, self._tick)
 
     def add(self, worker: SimWorker) -> None:
         self._workers[worker.name] = worker
@@ -106,9 +111,17 @@ class Placement:
                 self.index.removed(change.worker, change.level, pages[new:old].tolist())
 
     def _report(self, worker: SimWorker) -> None:
-        self.loads.reported(worker.name, self._load(worker), self._loop.now_seconds)
-        self.policy.tick(self._loop.now_seconds)
+        now, load = self._loop.now_seconds, self._load(worker)
+        last, seconds = self._reports.get(worker.name, (None, 0.0))
+        # What has not changed is said again only as a sign of life.
+        if load != last or now - seconds >= HEARTBEAT_SECONDS:
+            self._reports[worker.name] = (load, now)
+            self.loads.reported(worker.name, load, now)
         self._loop.after(REPORT_SECONDS, self._report, worker)
+
+    def _tick(self) -> None:
+        self.policy.tick(self._loop.now_seconds)
+        self._loop.after(1.0, self._tick)
 
     @staticmethod
     def _load(worker: SimWorker) -> LoadView:
@@ -130,18 +143,22 @@ class Placement:
     # What it decides ----------------------------------------------------------------------------
 
     def views(self) -> Sequence[WorkerView]:
-        now = self._loop.now_seconds
-        return [
-            WorkerView(
-                worker_id=name,
-                page_size=self._page,
-                load=self.loads.view(name, now),
-                rates=self._rates[name],
-                serves_pages=self._migrate,
-                pulls_pages=self._migrate,
-            )
-            for name in self._workers
-        ]
+        now, views = self._loop.now_seconds, self._views
+        for name in self._workers:
+            load, known = self.loads.view(name, now), views.get(name)
+            busy = self._workers[name].transfers_until_seconds - now
+            busy = TRANSFER_STEP_SECONDS * max(0, round(busy / TRANSFER_STEP_SECONDS))
+            if known is None or known.load is not load or known.transfer_seconds != busy:
+                views[name] = WorkerView(
+                    worker_id=name,
+                    page_size=self._page,
+                    load=load,
+                    rates=self._rates[name],
+                    serves_pages=self._migrate,
+                    pulls_pages=self._migrate,
+                    transfer_seconds=busy,
+                )
+        return list(views.values())
 
     def _route_request(self, session: int, tokens: int, number: str) -> RouteRequest:
         pages = tokens // self._page
@@ -184,6 +201,11 @@ class Placement:
         """A promotion is under way there."""
         self._advised[session] = AdvisedPlace(worker, tokens, ready_seconds)
 
+    def is_promised(self, session: int, worker: str) -> bool:
+        """Whether the session's next turn is still to come, and expected there."""
+        place = self._advised.get(session)
+        return place is not None and place.worker_id == worker
+
     def first_token(self, request: SimRequest) -> None:
         self.loads.first_token(str(request.number))
 
@@ -200,6 +222,10 @@ class Placement:
             request.turn + 1,
             0,
         )
+
+    def remembered(self, session: int, tokens: int, worker: str) -> None:
+        """Where a session was served before the simulation began."""
+        self.index.session_turn(worker, str(session), tokens, None, 1, 0)
 
     def forget(self, session: int) -> None:
         self._advised.pop(session, None)

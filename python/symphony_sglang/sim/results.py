@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from symphony_sglang.sim.cluster import Cluster
-from symphony_sglang.sim.worker import SimRequest
+from symphony_sglang.sim.worker import SimRequest, SimWorker
 
 SOURCES = ("device", "host", "nvme", "computed")
 
@@ -37,7 +37,7 @@ def figures(cluster: Cluster, warm_seconds: float) -> dict[str, Any]:
             for source in SOURCES
         },
         "load_max_over_median": imbalance(samples),
-        "load_peak_over_mean": peak(samples),
+        "load_peak_over_median": peak(workers),
         "busy_share": [worker.stats.busy_seconds / cluster.loop.now_seconds for worker in workers],
         "exposed_load_seconds": sum(worker.stats.exposed_seconds for worker in workers),
         "retractions": sum(worker.stats.retractions for worker in workers),
@@ -81,10 +81,11 @@ def imbalance(samples: Sequence[Sequence[int]]) -> float:
     return float(np.mean(ratios)) if ratios else 1.0
 
 
-def peak(samples: Sequence[Sequence[int]]) -> float:
-    """The worker with the most work over the whole run, over the mean worker."""
-    totals = np.asarray(samples, dtype=np.float64).sum(axis=0) if samples else np.ones(1)
-    return float(totals.max() / totals.mean()) if totals.mean() else 1.0
+def peak(workers: Sequence[SimWorker]) -> float:
+    """The busiest worker's busy time over the median worker's, over the whole run."""
+    busy = [worker.stats.busy_seconds for worker in workers]
+    middle = float(np.median(busy))
+    return max(busy) / middle if middle else 1.0
 
 
 def outcomes(cluster: Cluster) -> dict[str, int]:

@@ -34,7 +34,8 @@ class SimScenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`machine` and `model` name published profiles; `speeds` gives a measured one instead.
 
     `user_counts` sweeps the number of users; empty: `users.users` alone. `device_tokens` caps the
-    device level. Figures leave out requests due in the first `warm_seconds`.
+    device level. Users come one by one in the first `ramp_seconds`, and figures leave out requests
+    due in the first `warm_seconds`.
     """
 
     name: str
@@ -48,6 +49,7 @@ class SimScenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     speeds: Speeds | None = None
     device_tokens: int | None = None
     warm_seconds: float = 60.0
+    ramp_seconds: float | None = None
     page_size: int = 256
     user_counts: tuple[int, ...] = ()
     seeds: tuple[int, ...] = (0,)
@@ -82,6 +84,7 @@ class SimScenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 seconds=self.seconds,
                 advice=arm.advice,
                 migrate=arm.migrate,
+                ramp_seconds=self.ramp_seconds,
                 page_size=self.page_size,
                 protect_device=arm.protect_device,
                 protect_host=arm.protect_host,

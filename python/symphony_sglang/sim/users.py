@@ -24,7 +24,15 @@ class UserRules:
         typing_seconds: the lead of an advisory.
         gap_sigma: spread of the pauses; BurstGPT-like arrivals have a large one.
         history_tokens: of a conversation's first prompt beyond the question.
-        skew: 0 for equal users; else the Pareto shape by which some have longer histories.
+        skew: 0 for equal users; else the Pareto shape by which some have longer histories and
+            read faster.
+        session_rate: 0 for a closed loop, in which each of `users` starts over when a conversation
+            ends; else conversations that begin per second, whoever is still waiting (`users` is
+            then only a label).
+        midway: the users of a closed loop are met somewhere in the middle of a conversation, and
+            what they said before is on their workers' levels.
+        arrival_variation: coefficient of variation of an open loop's gaps: 1 is Poisson, BurstGPT's
+            gamma-distributed arrivals have more.
     """
 
     users: int
@@ -36,17 +44,24 @@ class UserRules:
     typing_seconds: float = 11.3
     gap_sigma: float = 0.8
     skew: float = 0.0
+    session_rate: float = 0.0
+    midway: bool = False
+    arrival_variation: float = 1.0
     context_tokens_max: int = 16_000
     answer_tokens_max: int = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One turn to come: `lead_seconds` of its `think_seconds` come after the advisory."""
+    """One turn to come: `lead_seconds` of its `think_seconds` come after the advisory.
+
+    `history_tokens` of its prompt were said before, and are what an advisory can be about.
+    """
 
     session: int
     turn: int
     new_tokens: int
+    history_tokens: int
     answer_tokens: int
     think_seconds: float
     lead_seconds: float
@@ -68,6 +83,7 @@ class User:
         self._left = 0
         self._turn = 0
         self.context_tokens = 0
+        self.history_tokens = 0
         self._weight = 1.0
         if rules.skew:
             self._weight = self._draw.paretovariate(rules.skew)
@@ -89,11 +105,18 @@ class User:
             self._left = max(1, round(log_normal(draw, rules.turns, 0.5)))
             self._turn = 0
             history = log_normal(draw, rules.history_tokens * self._weight, 0.6)
+            if rules.midway and not self._conversation and not rules.session_rate:
+                said = int(draw.random() * self._left)
+                self._left -= said
+                self._turn = said
+                history += said * (rules.question_tokens + rules.answer_tokens)
             self.context_tokens = min(int(history), rules.context_tokens_max // 2)
-        reading = log_normal(draw, rules.reading_seconds, rules.gap_sigma)
+        reading = log_normal(draw, rules.reading_seconds / self._weight, rules.gap_sigma)
         typing = log_normal(draw, rules.typing_seconds, TYPING_SIGMA)
-        new = question + (self.context_tokens if self._turn == 0 else 0)
-        turn = Turn(self.session, self._turn, new, answer, reading + typing, typing)
+        known = self.context_tokens if self._turn else 0
+        new = self.context_tokens + question - known
+        turn = Turn(self.session, self._turn, new, known, answer, reading + typing, typing)
+        self.history_tokens = known
         self.context_tokens += question
         self._turn += 1
         self._left -= 1

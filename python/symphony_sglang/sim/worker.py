@@ -7,7 +7,7 @@ to the next moment at which the batch changes; what has been decoded until then 
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -114,6 +114,8 @@ class SimWorker:
         page_size: int,
         changed: Changed,
         finished: Callable[[SimRequest], None],
+        *,
+        first_token: Callable[[SimRequest], None] | None = None,
     ) -> None:
         self.name = name
         self.loop = loop
@@ -129,12 +131,15 @@ class SimWorker:
         self.disk = Channel(loop, speeds.nvme_read_bytes_per_second, speeds.disk_latency_seconds)
         self.disk_write = Channel(loop, speeds.nvme_write_bytes_per_second, 0.0)
         self.network = Channel(loop, speeds.network_bytes_per_second, 0.0005)
+        self.transfers_until_seconds = 0.0  # until its transfers from and to peers are through
         self.waiting: deque[SimRequest] = deque()
         self.fetching: dict[int, SimRequest] = {}
         self.running: list[SimRequest] = []
         self.running_tokens = 0  # what running requests hold beyond the cached prefix of sessions
         self.promotions: Promotions | None = None
+        self._writing: Counter[int] = Counter()
         self._finished = finished
+        self._first_token = first_token
         self._busy = False
         self._run: _DecodeRun | None = None
 
@@ -161,6 +166,12 @@ class SimWorker:
         else:
             self.waiting.append(request)
         self._interrupt()
+
+    def remember(self, session: int, tokens: int) -> None:
+        """It served this session before the simulation began."""
+        if self.features.prefix_cache:
+            for level in (self.device, self.host, self.nvme):
+                level.grow(session, page_floor(tokens, self.page_size))
 
     def _touch(self, session: int) -> None:
         for level in (self.device, self.host, self.nvme):
@@ -276,12 +287,21 @@ class SimWorker:
         load = 0.0
         if load_tokens:
             load = self.link.reserve(load_tokens * self.speeds.token_bytes) - now
+        layers = self.speeds.layers
         if self.features.layer_wise:
             # The first layer's load is exposed, and the last layer's compute.
-            share = min(load, compute) / self.speeds.layers
-            seconds = max(load, compute) + share if load else compute
+            seconds = max(load, compute) + min(load, compute) / layers if load else compute
         else:
             seconds = load + compute
+        for request in batch:
+            flight = None if self.promotions is None else self.promotions.flight(request.session)
+            if flight is None or request.device_tokens <= flight.start_tokens:
+                continue
+            first, last = max(0.0, flight.first_seconds - now), flight.last_seconds - now
+            if self.features.layer_wise:
+                seconds = max(seconds, first + compute, last + compute / layers)
+            else:
+                seconds = max(seconds, last + compute)
         self.stats.exposed_seconds += seconds - compute
         self.stats.busy_seconds += seconds
         self.loop.after(seconds, self._prefilled, batch)
@@ -291,10 +311,14 @@ class SimWorker:
         for request in batch:
             if not request.produced:
                 request.first_token_seconds = self.loop.now_seconds
+                if self._first_token is not None:
+                    self._first_token(request)
             request.produced += 1
             self.running_tokens += 1
             self.running.append(request)
         self._end_finished()
+        if self.promotions is not None and not self.waiting:
+            self.promotions.step_soon()  # loads for advisories wait while requests do
         self._next()
 
     # Decoding -----------------------------------------------------------------------------------
@@ -392,10 +416,17 @@ class SimWorker:
         if self.features.nvme:
             fresh = max(0, tokens - self.nvme.tokens(request.session))
             done = self.disk_write.reserve(fresh * self.speeds.token_bytes)
+            self._writing[request.session] += 1
+            self.host.lock(request.session, tokens)
             self.loop.at(done, self._persisted, request.session, tokens)
 
     def _persisted(self, session: int, tokens: int) -> None:
+        """Until now the host copy could not go."""
         self.nvme.grow(session, tokens)
+        self._writing[session] -= 1
+        if not self._writing[session]:
+            del self._writing[session]
+            self.host.lock(session, 0)
 
     def check(self) -> None:
         """Conservation: levels add up, and running memory is what running requests hold."""

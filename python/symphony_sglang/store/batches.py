@@ -20,10 +20,10 @@ from symphony_sglang.store.io_pool import PAGES_PER_CALL_MAX, Batch, Scratch
 from symphony_sglang.store.page import (
     HEADER_BYTES,
     PageHeader,
+    header_bytes,
     part_bytes_for,
     part_sums,
     read_header,
-    write_header,
 )
 from symphony_sglang.store.transfer import (
     Piece,
@@ -93,23 +93,29 @@ class Job(NamedTuple):
 def cut(shared: Shared, jobs: list[Job], *, merge: bool) -> list[tuple[BlockFile, int, list[Job]]]:
     """Jobs by system call: (file, offset, pages that lie one after the other)."""
     settings = shared.settings
-    total = sum([job.length for job in jobs])
-    limit = min(settings.io_bytes, max(total // settings.io_threads, CALL_BYTES_MIN))
+    total = sum([job.length for job in jobs]) + HEADER_BYTES * len(jobs)
+    # As many rounds of all threads as the largest call asks for, and every round full.
+    rounds = max(1, -(-total // (settings.io_bytes * settings.io_threads)))
+    even = -(-total // (settings.io_threads * rounds))
+    limit = min(settings.io_bytes, max(even, CALL_BYTES_MIN))
+    slot_bytes, in_segment = shared.header.slot_bytes, shared.table.slots_per_segment
     calls: list[tuple[BlockFile, int, list[Job]]] = []
-    ends_at, size, pieces = -1, 0, 0
+    some: list[Job] = []
+    following, size, pieces = -1, 0, 0
     for job in sorted(jobs, key=itemgetter(0)):
-        file, offset = shared.segments.locate(job.slot)
-        span = HEADER_BYTES + job.length
-        follows = merge and bool(calls) and calls[-1][0] is file and offset == ends_at
-        fits = size + span <= limit and pieces + len(job.pieces) <= PIECES_PER_CALL_MAX
-        if follows and fits and len(calls[-1][2]) < PAGES_PER_CALL_MAX:
-            calls[-1][2].append(job)
-        else:
-            calls.append((file, offset, [job]))
-            size = pieces = 0
+        slot, _, _, memory, length = job
+        span, parts = HEADER_BYTES + length, len(memory) + 1
         size += span
-        pieces += len(job.pieces) + 1
-        ends_at = offset + span
+        pieces += parts
+        fits = size <= limit and pieces <= PIECES_PER_CALL_MAX and len(some) < PAGES_PER_CALL_MAX
+        if slot != following or not fits:
+            some = []
+            calls.append((*shared.segments.locate(slot), some))
+            size, pieces = span, parts
+        some.append(job)
+        # The next slot follows on disk without a gap, in the same file.
+        full = merge and span == slot_bytes and (slot + 1) % in_segment
+        following = slot + 1 if full else -1
     return calls
 
 
@@ -128,7 +134,7 @@ class ReadCall:
         self.jobs = jobs
         self.outcomes = [ReadOutcome.FAILED] * len(jobs)
         self.finished = False
-        self.wanted_bytes = sum([bytes_of(job.pieces) for job in jobs])
+        self.wanted_bytes = sum([job.length for job in jobs])
 
     def __call__(self, scratch: Scratch) -> None:
         error: OSError | None = None
@@ -140,10 +146,9 @@ class ReadCall:
             self._settle(error)
 
     def _read(self, scratch: Scratch) -> None:
-        view = self._shared.regions.view
-        views = [[view(piece) for piece in job.pieces] for job in self.jobs]
+        views, bits = self._shared.regions.views([job.pieces for job in self.jobs])
         headers = scratch.headers
-        if all(is_aligned(job.pieces, self._file.alignment) for job in self.jobs):
+        if not bits & (self._file.alignment - 1):
             vector = []
             for header, memories in zip(headers, views, strict=False):
                 vector.append(header)
@@ -154,17 +159,27 @@ class ReadCall:
             for header, job, memories in zip(headers, self.jobs, views, strict=False):
                 read_bounced(self._file, offset, [header, *memories], scratch.bounce)
                 offset += HEADER_BYTES + job.length
-        for at, job in enumerate(self.jobs):
-            good = self._verify(job, headers[at], views[at])
-            self.outcomes[at] = ReadOutcome.HIT if good else ReadOutcome.CORRUPT
+        verify = self._verify if self._shared.settings.verify_reads else self._identify
+        self.outcomes = [
+            ReadOutcome.HIT if verify(job, block, memories) else ReadOutcome.CORRUPT
+            for job, block, memories in zip(self.jobs, headers, views, strict=False)
+        ]
 
     def _verify(self, job: Job, block: memoryview, memories: Sequence[memoryview]) -> bool:
-        header = self.checked_header(job, block)
-        if header is None:
-            return False
-        if not self._shared.settings.verify_reads:
+        """Whether the header is the one that a page of this key and this content has."""
+        shared, length = self._shared, job.length
+        part = part_bytes_for(length, shared.settings.checksum_bytes)
+        sums = part_sums(memories, part)
+        epoch = shared.header.epoch
+        expected = header_bytes(job.key, shared.layout_id, epoch, length, part, sums)
+        if block[: len(expected)] == expected:
             return True
-        return part_sums(memories, header.part_bytes) == header.sums
+        # Wrong, or written under another epoch or unit of verification.
+        header = self.checked_header(job, block)
+        return header is not None and part_sums(memories, header.part_bytes) == header.sums
+
+    def _identify(self, job: Job, block: memoryview, _: Sequence[memoryview]) -> bool:
+        return self.checked_header(job, block) is not None
 
     def checked_header(self, job: Job, block: memoryview) -> PageHeader | None:
         header = read_header(block)
@@ -179,9 +194,12 @@ class ReadCall:
         with shared.lock:
             counters = shared.counters
             release_readers(table.readers, self.jobs)
-            counters.hits += self.outcomes.count(ReadOutcome.HIT)
+            hits = self.outcomes.count(ReadOutcome.HIT)
+            counters.hits += hits
             counters.read_bytes += self.wanted_bytes
             for job, outcome in zip(self.jobs, self.outcomes, strict=True):
+                if hits == len(self.jobs):
+                    break
                 if outcome is ReadOutcome.HIT:
                     continue
                 counters.read_bytes -= bytes_of(job.pieces)
@@ -211,6 +229,7 @@ class RangeCall(ReadCall):
         ranges: Sequence[tuple[int, int]],
     ) -> None:
         super().__init__(shared, file, offset, [job])
+        self.wanted_bytes = bytes_of(job.pieces)
         self._ranges = ranges
 
     def _read(self, scratch: Scratch) -> None:
@@ -309,21 +328,18 @@ class WriteCall:
                 self.give_back()
 
     def _write(self, scratch: Scratch) -> None:
-        header = self._shared.header
-        layout_id = self._shared.layout_id
-        view = self._shared.regions.view
+        epoch, layout_id = self._shared.header.epoch, self._shared.layout_id
         wanted = self._shared.settings.checksum_bytes
+        views, bits = self._shared.regions.views([job.pieces for job in self.jobs])
         vector: list[memoryview] = []
-        for block, job in zip(scratch.headers, self.jobs, strict=False):
-            memories = [view(piece) for piece in job.pieces]
+        for block, job, memories in zip(scratch.headers, self.jobs, views, strict=False):
             part = part_bytes_for(job.length, wanted)
             sums = part_sums(memories, part)
-            write_header(
-                block, PageHeader(job.key, layout_id, header.epoch, job.length, part, sums)
-            )
+            content = header_bytes(job.key, layout_id, epoch, job.length, part, sums)
+            block[: len(content)] = content
             vector.append(block)
             vector.extend(memories)
-        if all(is_aligned(job.pieces, self._file.alignment) for job in self.jobs):
+        if not bits & (self._file.alignment - 1):
             write_vector(self._file, self._offset, vector)
         else:
             # Pages of this call follow each other without padding, so they are written as one.

@@ -20,6 +20,9 @@ _WINDOW = 8
 _NEAR = np.arange(_WINDOW, dtype=np.int64)
 _EMPTY = -1
 _TAG_SHIFT = 33  # the tag is the first word's top bits; the home cell is its low ones
+_TAG_SHIFT_WORD = np.uint64(_TAG_SHIFT)
+# From so many keys on, inserting them together beats one by one.
+_MANY = 16
 _SLOT_MASK = (1 << 32) - 1
 
 
@@ -102,6 +105,11 @@ class KeyTable:
     def insert(self, slots: Sequence[int]) -> None:
         """Make the keys of these slots findable; none of them may be in the table already."""
         self.version += 1
+        if len(slots) >= _MANY:
+            self._fill(np.asarray(slots, np.int64))
+            self._count += len(slots)
+            self.version += 1
+            return
         cells, words, mask = self._cells, self._first_words, self._mask
         for slot in slots:
             first = words[slot * _WORDS]
@@ -114,20 +122,10 @@ class KeyTable:
 
     def load(self, slots: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Insert many at once into an empty table; returns slots whose key came twice, left out."""
-        words = self.words[slots, 0]
-        _, kept = np.unique(words, return_index=True)
+        _, kept = np.unique(self.words[slots, 0], return_index=True)
         twice = np.ones(len(slots), bool)
         twice[kept] = False
-        firsts = words[kept]
-        tags = (firsts >> np.uint64(_TAG_SHIFT)).astype(np.int64)
-        left = tags << 32 | slots[kept]
-        at = firsts.astype(np.int64) & self._mask
-        while len(left):
-            # Of those that want the same empty cell the last one written gets it.
-            free = self._table[at] == _EMPTY
-            self._table[at[free]] = left[free]
-            lost = self._table[at] != left
-            left, at = left[lost], (at[lost] + 1) & self._mask
+        self._fill(slots[kept])
         self._count = len(kept)
         doubles = []
         for slot in slots[twice].tolist():
@@ -136,6 +134,18 @@ class KeyTable:
             else:
                 doubles.append(slot)
         return np.array(doubles, np.int64)
+
+    def _fill(self, slots: npt.NDArray[np.int64]) -> None:
+        """Write the cells of keys that are not in the table, all at once."""
+        firsts = self._flat[slots * _WORDS]
+        left = (firsts >> _TAG_SHIFT_WORD).view(np.int64) << 32 | slots
+        at = firsts.view(np.int64) & self._mask
+        while len(left):
+            # Of those that want the same empty cell the last one written gets it.
+            free = self._table[at] == _EMPTY
+            self._table[at[free]] = left[free]
+            lost = self._table[at] != left
+            left, at = left[lost], (at[lost] + 1) & self._mask
 
     def discard(self, slot: int) -> None:
         """Take the key of a slot out; it must be in the table."""

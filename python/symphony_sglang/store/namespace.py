@@ -122,6 +122,8 @@ def first_bad_text(texts: Sequence[object]) -> object:
 
 def check_keys(keys: Sequence[bytes]) -> None:
     """Refuse what is not a 32-byte digest before it can name anything."""
+    if {*map(type, keys)} <= {bytes} and {*map(len, keys)} <= {KEY_BYTES}:
+        return
     for key in keys:
         if type(key) is not bytes or len(key) != KEY_BYTES:
             raise StoreKeyError(f"page key {key!r:.80} is not {KEY_BYTES} bytes")

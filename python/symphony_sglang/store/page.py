@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import xxhash
@@ -46,24 +47,26 @@ def part_bytes_for(length: int, wanted: int) -> int:
     return unit
 
 
+@lru_cache(maxsize=64)
+def _body(parts: int) -> struct.Struct:
+    return struct.Struct(f"{_FIELDS.format}{parts}Q")
+
+
+def header_bytes(
+    key: bytes, layout_id: bytes, epoch: int, length: int, part_bytes: int, sums: Sequence[int]
+) -> bytes:
+    """The used bytes of a header block: one page has one header, so reads compare with it too."""
+    parts = len(sums)
+    body = _body(parts).pack(
+        PAGE_VERSION, HEADER_BYTES, key, layout_id, epoch, length, part_bytes, parts, *sums
+    )
+    return MAGIC + xxhash.xxh3_128_digest(body) + body
+
+
 def write_header(block: memoryview, header: PageHeader) -> None:
     """Fill the header block (HEADER_BYTES, writable)."""
-    block[:_DIGEST_AT] = MAGIC
-    _FIELDS.pack_into(
-        block,
-        _FIELDS_AT,
-        PAGE_VERSION,
-        HEADER_BYTES,
-        header.key,
-        header.layout_id,
-        header.epoch,
-        header.length,
-        header.part_bytes,
-        len(header.sums),
-    )
-    struct.pack_into(f"<{len(header.sums)}Q", block, _SUMS_AT, *header.sums)
-    end = _SUMS_AT + 8 * len(header.sums)
-    block[_DIGEST_AT:_FIELDS_AT] = xxhash.xxh3_128_digest(block[_FIELDS_AT:end])
+    content = header_bytes(*header)
+    block[: len(content)] = content
 
 
 def read_header(block: memoryview) -> PageHeader | None:
@@ -86,7 +89,7 @@ def read_header(block: memoryview) -> PageHeader | None:
 
 def part_sums(memories: Sequence[memoryview], part_bytes: int) -> tuple[int, ...]:
     """xxh3_64 of every `part_bytes` of the concatenation of `memories`; the last may be shorter."""
-    if sum(map(len, memories)) <= part_bytes:  # small pages are one part: no cutting
+    if sum([len(memory) for memory in memories]) <= part_bytes:  # one part: no cutting
         digest = xxhash.xxh3_64()
         for memory in memories:
             digest.update(memory)

@@ -60,6 +60,7 @@ TRANSITIONS: dict[SlotState, frozenset[SlotState]] = {
 }
 # Indexed by state and following state; by state.
 _ALLOWED = np.array([[following in TRANSITIONS[state] for following in _S] for state in _S])
+_BEFORE = {following: {s for s in _S if following in TRANSITIONS[s]} for following in _S}
 _READABLE = np.array([state in (_S.PENDING, _S.SYNCING, _S.COMMITTED) for state in _S])
 Slots = Sequence[int] | npt.NDArray[np.int64]
 
@@ -92,6 +93,7 @@ class SlotTable:
         self.pins = np.zeros(count, np.uint16)
         self.readers = np.zeros(count, np.uint16)
         self._free_in_segment = np.zeros(segments_max, np.int64)
+        self._next_in_segment = [0] * segments_max  # behind the last slots that were reserved
         self.pinned = 0
         self.dirty_leaves: set[int] = set()
         self.touched_leaves: set[int] = set()
@@ -135,7 +137,7 @@ class SlotTable:
         self.state[where] = following
         if following is _S.FREE:
             np.add.at(self._free_in_segment, where // self.slots_per_segment, 1)
-        else:
+        elif _S.FREE in _BEFORE[following]:
             freed = where[current == _S.FREE]
             np.subtract.at(self._free_in_segment, freed // self.slots_per_segment, 1)
 
@@ -160,6 +162,7 @@ class SlotTable:
         slots = self.segment_slots(segment)
         self.state[slots.start : slots.stop] = _S.FREE
         self._free_in_segment[segment] = self.slots_per_segment
+        self._next_in_segment[segment] = 0
         self.segments.add(segment)
 
     def retire_segment(self, segment: int) -> None:
@@ -212,37 +215,49 @@ class SlotTable:
                 break
             run = self._free_run(segment, len(keys) - len(slots))
             some = keys[len(slots) : len(slots) + len(run)]
-            self.move(run, _S.WRITING)
+            self.move(np.arange(run.start, run.stop), _S.WRITING)
             self.keys.set_keys(run.start, some)
             self._writing.update(zip(some, run, strict=True))
             slots.extend(run)
         return slots
 
     def _free_run(self, segment: int, wanted: int) -> range:
-        """The first run of `wanted` free slots in a segment, or its longest one."""
+        """A run of `wanted` free slots in a segment: behind the last one, else the first one, else
+        the longest one."""
         base = segment * self.slots_per_segment
+        behind = self._next_in_segment[segment]
+        if behind + wanted <= self.slots_per_segment:
+            start = base + behind
+            if self._state.count(_S.FREE, start, start + wanted) == wanted:
+                self._next_in_segment[segment] = behind + wanted
+                return range(start, start + wanted)
         states = self.state[base : base + self.slots_per_segment]
         free = np.flatnonzero(states == _S.FREE)
-        breaks = np.flatnonzero(np.diff(free) != 1) + 1
+        breaks = np.flatnonzero(free[1:] - free[:-1] != 1) + 1
         starts = np.concatenate(([0], breaks))
         sizes = np.diff(np.concatenate((starts, [len(free)])))
         enough = sizes >= wanted
         best = int(enough.argmax()) if enough.any() else int(sizes.argmax())
-        first = base + int(free[starts[best]])
-        return range(first, first + min(wanted, int(sizes[best])))
+        place = int(free[starts[best]])
+        count = min(wanted, int(sizes[best]))
+        self._next_in_segment[segment] = place + count
+        return range(base + place, base + place + count)
 
     def publish(self, slots: Sequence[int], facts: Sequence[PageFacts], now: float) -> None:
         """Written pages become readable in this process."""
+        if not slots:
+            return
         where = np.array(slots, np.int64)
         self.move(where, _S.PENDING)
         for key in self.keys.keys_at(where):
             del self._writing[key]
         self.keys.insert(slots)
         self.accessed[where] = now
-        self.length[where] = [page.length for page in facts]
-        self.cost[where] = np.clip([page.cost for page in facts], 0.0, COST_MAX)
-        self.depth[where] = np.clip([page.depth for page in facts], 0, DEPTH_MAX)
-        self.priority[where] = [page.priority for page in facts]
+        lengths, costs, depths, priorities = zip(*facts, strict=True)
+        self.length[where] = lengths
+        self.cost[where] = np.clip(costs, 0.0, COST_MAX)
+        self.depth[where] = np.clip(depths, 0, DEPTH_MAX)
+        self.priority[where] = priorities
         self.pending.update(slots)
 
     def restore(self, slot: int, key: bytes, length: int, now: float) -> None:

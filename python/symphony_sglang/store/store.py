@@ -259,50 +259,55 @@ class PageStore:
         Raises:
             StoreError: a page is larger than the namespace's pages, or has no bytes.
         """
-        check_keys([page.key for page in pages])
-        for page in pages:
-            total = bytes_of(page.pieces)
-            if not 0 < total <= self.namespace.page_bytes:
+        keys = [page.key for page in pages]
+        check_keys(keys)
+        lengths = [bytes_of(page.pieces) for page in pages]
+        largest = self.namespace.page_bytes
+        for at, total in enumerate(lengths):
+            if not 0 < total <= largest:
                 raise StoreError(
-                    f"page {page.key.hex()} has {total} bytes; expected 1 to "
-                    f"{self.namespace.page_bytes}"
+                    f"page {keys[at].hex()} has {total} bytes; expected 1 to {largest}"
                 )
         outcomes = [WriteOutcome.REFUSED] * len(pages)
-        jobs = self._place(pages, outcomes)
+        jobs = self._place(pages, keys, lengths, outcomes)
         if jobs:
             self._write_jobs(jobs, pages, outcomes)
         # The second mention of a key shares the fate of the first.
-        first: dict[bytes, WriteOutcome] = {}
-        for at, page in enumerate(pages):
-            outcomes[at] = first.setdefault(page.key, outcomes[at])
-        return outcomes
+        first = dict(zip(reversed(keys), reversed(outcomes), strict=True))
+        return outcomes if len(first) == len(keys) else [first[key] for key in keys]
 
-    def _place(self, pages: Sequence[PlacedPage], outcomes: list[WriteOutcome]) -> list[Job]:
+    def _place(
+        self,
+        pages: Sequence[PlacedPage],
+        keys: list[bytes],
+        lengths: list[int],
+        outcomes: list[WriteOutcome],
+    ) -> list[Job]:
         """Reserve slots for what is new, making room if need be; marks what is PRESENT."""
         shared, table = self._s, self._s.table
         new: dict[bytes, int] = {}
         with shared.lock:
-            found = table.find([page.key for page in pages])
+            found = table.find(keys)
             present = found[found >= 0]
-            table.touch(present, shared.clock.unix())
-            shared.counters.already_present += len(present)
-            for at, (page, slot) in enumerate(zip(pages, found.tolist(), strict=True)):
+            if len(present):
+                table.touch(present, shared.clock.unix())
+                shared.counters.already_present += len(present)
+            for at, (key, slot) in enumerate(zip(keys, found.tolist(), strict=True)):
                 if slot >= 0:
                     outcomes[at] = WriteOutcome.PRESENT
-                elif page.key not in new and not table.is_writing(page.key):
-                    new[page.key] = at
+                elif key not in new and not table.is_writing(key):
+                    new[key] = at
         if self._closed or not shared.health.writable or not new:
             shared.counters.refused += len(new)
             return []
-        keys = list(new)
-        slots = self._reserve(keys)
-        shared.counters.refused += len(keys) - len(slots)
-        jobs = []
-        for key, slot in zip(keys, slots, strict=False):
-            page = pages[new[key]]
-            length = bytes_of(page.pieces)
-            jobs.append(Job(slot, new[key], key, page.pieces, length))
-        return jobs
+        wanted = list(new)
+        slots = self._reserve(wanted)
+        shared.counters.refused += len(wanted) - len(slots)
+        return [
+            Job(slot, at, key, pages[at].pieces, lengths[at])
+            for key, slot in zip(wanted, slots, strict=False)
+            for at in (new[key],)
+        ]
 
     def _reserve(self, keys: list[bytes]) -> list[int]:
         shared, table = self._s, self._s.table
@@ -348,10 +353,8 @@ class PageStore:
                     continue
                 for job in call.jobs:
                     outcomes[job.position] = WriteOutcome.FAILED
-            facts = [
-                PageFacts(job.length, page.cost, page.depth, page.priority)
-                for job in written
-                for page in (pages[job.position],)
+            facts = [  # a page's last three fields are those of its facts
+                PageFacts(job.length, *pages[job.position][2:]) for job in written
             ]
             table.publish([job.slot for job in written], facts, shared.clock.unix())
             shared.counters.written += len(written)

@@ -41,6 +41,23 @@ class Regions:
                 return whole[address - start : address - start + size]
         return view_of(piece)
 
+    def views(self, pages: Sequence[Sequence[Piece]]) -> tuple[list[list[memoryview]], int]:
+        """The memory of each page's pieces, and all addresses and sizes OR-ed (see ``fits``)."""
+        start, end, whole = self._regions[0] if self._regions else (0, 0, memoryview(b""))
+        bits = 0
+        views = []
+        for pieces in pages:
+            memories = []
+            for address, size in pieces:
+                bits |= address | size
+                at = address - start
+                if at >= 0 and address + size <= end:
+                    memories.append(whole[at : at + size])
+                else:
+                    memories.append(self.view((address, size)))
+            views.append(memories)
+        return views, bits
+
 
 def piece_of(buffer: object) -> Piece:
     """The piece of a writable, contiguous buffer (numpy array, bytearray, mmap)."""

@@ -166,7 +166,7 @@ class WorkerLoad(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
 
     `tokens_waiting_uncached` are prompt tokens still to be computed; `device_used_tokens` is what
     running work holds, evictable cache not counted. `requests_max`, `decode_step_seconds`: 0 where
-    not known.
+    not known. `draining`: the worker is about to end, and its sessions should go elsewhere.
     """
 
     requests_running: Count = 0
@@ -178,6 +178,7 @@ class WorkerLoad(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     requests_max: Count = 0
     decode_step_seconds: NonNegative = 0.0
     speeds: WorkerSpeeds = WorkerSpeeds()
+    draining: bool = False
 
 
 class SessionChange(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):

@@ -9,7 +9,7 @@ srt/managers/tokenizer_manager.py), its ``cached_tokens_details``
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ CONNECT_SECONDS_MAX = 10.0
 QUESTION_SECONDS_MAX = 30.0
 HEALTH_ATTEMPTS = 3
 HEALTH_PAUSE_SECONDS = 1.0
+WORKER_HEADER = "X-Symphony-Worker"
 REASON_CHARACTERS_MAX = 500
 
 
@@ -45,6 +46,7 @@ class Generation(msgspec.Struct, frozen=True):
     Attributes:
         ttft_seconds: from sending to the first event that carries a token; None without streaming.
         finish_reason: why the server ended the answer, by its own word.
+        worker: which worker answered, where a router says so.
     """
 
     latency_seconds: float
@@ -55,6 +57,7 @@ class Generation(msgspec.Struct, frozen=True):
     finish_reason: str = ""
     status: int = 0
     error: str | None = None
+    worker: str = ""
 
     @property
     def tpot_seconds(self) -> float | None:
@@ -112,7 +115,9 @@ class GenerateClient:
         clock: Clock,
         request_seconds_max: float = 600.0,
         api_key: str | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
+        """`headers` go with every request."""
         if not url.startswith(("http://", "https://")):
             raise ConfigError(f"--url is {url!r}; expected http://host:port")
         if not 0.001 <= request_seconds_max <= 1e6:  # false for NaN too
@@ -124,7 +129,9 @@ class GenerateClient:
         self._timeout = aiohttp.ClientTimeout(
             total=request_seconds_max, sock_connect=CONNECT_SECONDS_MAX
         )
-        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._headers = dict(headers or {})
+        if api_key:
+            self._headers["Authorization"] = f"Bearer {api_key}"
         self._http: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> GenerateClient:
@@ -209,13 +216,14 @@ class GenerateClient:
         """
         started = self._clock.monotonic()
         first: float | None = None
-        status = 0
+        status, worker = 0, ""
         events: list[GenerateEvent] = []
         try:
             async with self.http.post(
                 self.url + "/generate", data=body, headers={"Content-Type": "application/json"}
             ) as answer:
                 status = answer.status
+                worker = answer.headers.get(WORKER_HEADER, "")
                 if status != 200:
                     reason = (await answer.text(errors="replace"))[:REASON_CHARACTERS_MAX]
                     return self._failed(started, status, f"HTTP {status}: {reason}")
@@ -229,9 +237,10 @@ class GenerateClient:
         except (aiohttp.ClientError, TimeoutError, ValueError) as error:
             return self._failed(started, status, describe(error))
         latency = self._clock.monotonic() - started
-        return collect(
+        result = collect(
             events, status, latency_seconds=latency, ttft=None if first is None else first - started
         )
+        return msgspec.structs.replace(result, worker=worker) if worker else result
 
     def _failed(self, started: float, status: int, reason: str) -> Generation:
         return Generation(

@@ -1,0 +1,1 @@
+"""``symphony chat``, ``advise``, ``session`` and ``top``: the system seen from a terminal."""

@@ -1,0 +1,105 @@
+"""The short way between workers of one host: the reader copies from the server's memory itself.
+
+``process_vm_readv(2)`` needs the same user and the kernel's leave to trace; where either is
+missing, or the two do not share a host, a probe in the server's memory is not found and pages take
+the socket. Nothing here trusts an address: a wrong one is a failed copy, never a fault.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Sequence
+
+import numpy as np
+
+from symphony_sglang.wire.transfer_protocol import LocalAddress
+
+# The kernel's bound on the pieces of one call (IOV_MAX).
+PIECES_PER_CALL = 1024
+Piece = tuple[int, int]
+
+
+class _Vector(ctypes.Structure):
+    _fields_ = (("base", ctypes.c_void_p), ("size", ctypes.c_size_t))
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_readv = getattr(_libc, "process_vm_readv", None)
+if _readv is not None:
+    _readv.restype = ctypes.c_ssize_t
+    _readv.argtypes = [
+        ctypes.c_int,
+        ctypes.POINTER(_Vector),
+        ctypes.c_ulong,
+        ctypes.POINTER(_Vector),
+        ctypes.c_ulong,
+        ctypes.c_ulong,
+    ]
+
+
+def address_of(view: memoryview) -> int:
+    """Where a contiguous view's bytes are; it may be read-only."""
+    return int(np.frombuffer(view, np.uint8).ctypes.data)
+
+
+def my_address(probe: memoryview) -> LocalAddress:
+    return LocalAddress(os.getpid(), os.getuid(), address_of(probe))
+
+
+def holds_probe(local: LocalAddress, probe: bytes) -> bool:
+    """Whether that process, of the same user on this host, holds `probe` where it says."""
+    if _readv is None or local.user != os.getuid():
+        return False
+    found = bytearray(len(probe))
+    return copy_from(local.process, [(local.address, len(probe))], [memoryview(found)]) and (
+        bytes(found) == probe
+    )
+
+
+def _vectors(pieces: Sequence[Piece]) -> ctypes.Array[_Vector]:
+    return (_Vector * len(pieces))(*(_Vector(*piece) for piece in pieces))
+
+
+def copy_from(process: int, remote: Sequence[Piece], targets: Sequence[memoryview]) -> bool:
+    """Copy `remote` pieces of another process, one after the other, into `targets`.
+
+    False where the kernel refuses, an address is not readable, or the sizes differ; the targets
+    then hold no promise.
+    """
+    if _readv is None or any(not 0 < address < 1 << 63 for address, _ in remote):
+        return False
+    local = [(address_of(view), len(view)) for view in targets]
+    if sum(size for _, size in remote) != sum(size for _, size in local):
+        return False
+    for theirs, mine in _calls(list(remote), local):
+        total = sum(size for _, size in mine)
+        try:
+            count = _readv(process, _vectors(mine), len(mine), _vectors(theirs), len(theirs), 0)
+        except (ctypes.ArgumentError, OverflowError):
+            return False
+        if count != total:
+            return False
+    return True
+
+
+def _calls(remote: list[Piece], local: list[Piece]) -> list[tuple[list[Piece], list[Piece]]]:
+    """Both lists cut at each other's ends, then into what one call takes."""
+    pairs: list[tuple[Piece, Piece]] = []
+    here = 0
+    there = 0
+    here_done = there_done = 0
+    while here < len(local) and there < len(remote):
+        mine, theirs = local[here], remote[there]
+        size = min(mine[1] - here_done, theirs[1] - there_done)
+        pairs.append(((theirs[0] + there_done, size), (mine[0] + here_done, size)))
+        here_done, there_done = here_done + size, there_done + size
+        if here_done == mine[1]:
+            here, here_done = here + 1, 0
+        if there_done == theirs[1]:
+            there, there_done = there + 1, 0
+    return [
+        ([pair[0] for pair in group], [pair[1] for pair in group])
+        for at in range(0, len(pairs), PIECES_PER_CALL)
+        for group in (pairs[at : at + PIECES_PER_CALL],)
+    ]
