@@ -284,8 +284,8 @@ def check_range(item: dataclasses.Field[Any], value: Any, source: str | None = N
 
 def range_text(item: dataclasses.Field[Any]) -> str:
     rule: Setting = item.metadata["setting"]
-    if rule.minimum is None and rule.maximum is None:
-        return ""
+    if rule.minimum is None:
+        return "" if rule.maximum is None else f" of at most {number_text(rule.maximum)}"
     if rule.maximum is None:
         return f" of at least {number_text(rule.minimum)}"
     return f" from {number_text(rule.minimum)} to {number_text(rule.maximum)}"

@@ -179,7 +179,8 @@ class TorchHostPool(MHATokenToKVPoolHost):
             self.slot_used[hold.slots] = True
             hold.freed = [hold.slots]
         if self._holds:
-            self.free_slots = self.free_slots[~self.slot_used[self.free_slots]]
+            free: torch.Tensor = self.free_slots  # type: ignore[has-type]
+            self.free_slots = free[~self.slot_used[free]]
 
     def _release_holds(self) -> None:
         if not self._holds:

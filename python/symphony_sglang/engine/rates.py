@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from symphony_sglang.clock import Clock, SystemClock
@@ -145,7 +146,8 @@ def rates_from_json(body: dict[str, Any]) -> GateSnapshot:
     rates: dict[str, Rate] = {}
     for name in RATE_NAMES:
         speed, latency = body.get(f"{name}_tokens_per_second"), body.get(f"{name}_latency_seconds")
-        numbers = isinstance(speed, int | float) and isinstance(latency, int | float)
-        if numbers and 0 < speed < math.inf and 0 <= latency < math.inf:
+        if not isinstance(speed, int | float) or not isinstance(latency, int | float):
+            continue
+        if 0 < speed < math.inf and 0 <= latency < math.inf:
             rates[name] = Rate(float(speed), float(latency))
-    return GateSnapshot(**rates)
+    return replace(OPEN_GATE, **rates)  # type: ignore[arg-type]

@@ -109,7 +109,7 @@ def delay_loads(faults: FaultFile) -> None:
             pause(faults.now().load_seconds)
         original(pool, device, host, slots, layer, *rest, **named)
 
-    TorchHostPool.load_to_device_per_layer = delayed  # type: ignore[method-assign]
+    setattr(TorchHostPool, "load_to_device_per_layer", delayed)  # noqa: B010
 
 
 def delay_steps(faults: FaultFile, rank: int) -> None:
@@ -123,4 +123,4 @@ def delay_steps(faults: FaultFile, rank: int) -> None:
             pause(generator.random() * wanted.step_seconds)
         original(cache)
 
-    SymphonyCache.check_hicache_events = delayed  # type: ignore[method-assign]
+    setattr(SymphonyCache, "check_hicache_events", delayed)  # noqa: B010

@@ -1,27 +1,33 @@
-"""``symphony demo``: conversations that outgrow a worker's device level, and what each level saves.
+"""``symphony demo``: two workers and a router; conversations that outgrow a worker's device level,
+what each level saves, and sessions that move to the other worker between turns.
 
-Exit code 0 only if every level that was expected was hit and every way to the same prompt gave the
-same greedy tokens.
+Exit code 0 only if every level that was expected was hit, every session moved, and every way to the
+same prompt gave the same greedy tokens.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import signal
+import sys
+import time
+import urllib.request
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from symphony_sglang.clock import Clock, SystemClock
-from symphony_sglang.errors import ConfigError
+from symphony_sglang.errors import ConfigError, ServerUnavailableError
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
     from symphony_sglang.workload.conversation import ConversationRules, Sample
+    from symphony_sglang.workload.demo_move import MoveSample
     from symphony_sglang.workload.worker_process import WorkerProcess
 
 INTERRUPTED = 130
@@ -37,27 +43,34 @@ HOST_GB = 1.0
 NVME_GB = 1.0
 # `storage` is SGLang's word for what lies below the host level.
 LEVELS = ("device", "host", "storage", "advised")
+MOVED = "moved"
+EXPECTED = (*LEVELS, MOVED)
+WORKERS = 2
+MOVING_SESSIONS = 4
+READY_SECONDS_MAX = 60.0
+READY_POLL_SECONDS = 0.1
 
 
 def add_parser(subparsers: Any) -> None:
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "demo",
-        help="start a worker and show TTFT by where a prefix is found",
-        description="Makes a tiny model, starts one worker on this machine, runs conversations "
-        "that outgrow its device level and return to it, and reports TTFT by where each prefix was "
-        "found, and whether the outputs are identical. Words after -- are flags for the worker.",
+        help="start two workers and a router, and show TTFT by where a prefix is found",
+        description="Makes a tiny model, starts two workers and a router on this machine, runs "
+        "conversations that outgrow one worker's device level and return to it, moves sessions to "
+        "the other worker between turns, and reports TTFT by where each prefix was found, and "
+        "whether the outputs are identical. Words after -- are flags for the workers.",
     )
     add = parser.add_argument
-    add("--dir", default=".demo", metavar="DIR", help="keeps the model and the log; default .demo")
+    add("--dir", default=".demo", metavar="DIR", help="keeps the model and the logs; default .demo")
     add("--sessions", type=int, default=12, metavar="N", help="conversations; default 12")
     add(
         "--expect",
-        default=",".join(LEVELS),
+        default=",".join(EXPECTED),
         metavar="LEVELS",
-        help=f"levels that must be hit, of {', '.join(LEVELS)}; default all",
+        help=f"what must be hit, of {', '.join(EXPECTED)}; default all",
     )
     add("--seed", type=int, default=0, metavar="N", help="of the conversations")
-    add("worker_arguments", nargs="*", metavar="-- FLAG", help="flags for the worker")
+    add("worker_arguments", nargs="*", metavar="-- FLAG", help="flags for the workers")
     parser.set_defaults(run=run)
 
 
@@ -74,7 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def sigterm_as_interrupt() -> Iterator[None]:
-    """A SIGTERM unwinds like Ctrl-C, so that the worker is stopped on the way out."""
+    """A SIGTERM unwinds like Ctrl-C, so that what was started is stopped on the way out."""
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
@@ -89,10 +102,11 @@ def demonstrate(arguments: argparse.Namespace, console: Console, clock: Clock) -
         ConfigError, ServerUnavailableError: it cannot start, or the worker fails on the way.
     """
     from symphony_sglang.workload.conversation import ConversationRules
+    from symphony_sglang.workload.demo_move import judge_moves, move_table
     from symphony_sglang.workload.tiny_model import make_tiny_model
-    from symphony_sglang.workload.worker_process import WorkerProcess
 
     expected = parse_levels(arguments.expect)
+    levels = [name for name in expected if name != MOVED]
     rules = ConversationRules(
         sessions=arguments.sessions,
         vocab=VOCAB,
@@ -105,31 +119,114 @@ def demonstrate(arguments: argparse.Namespace, console: Console, clock: Clock) -
     with console.status("making the model") as status:
         make_tiny_model(model, layers=LAYERS, hidden=HIDDEN, vocab=VOCAB, seed=0, dtype=DTYPE)
         status.stop()
-    worker = WorkerProcess(
-        [
-            *("--model-path", str(model)),
-            *("--max-total-tokens", str(DEVICE_TOKENS)),
-            *("--symphony-host-gb", str(HOST_GB)),
-            *("--symphony-nvme-dir", str(directory / "pages")),
-            *("--symphony-nvme-gb", str(NVME_GB)),
-            *arguments.worker_arguments,
-        ],
-        log_path=directory / "worker.log",
-        clock=clock,
-    )
-    with worker:
-        console.print(f"starting a worker, its log is {worker.log_path}", highlight=False)
-        boot_seconds = wait_ready(worker, console)
-        console.print(f"ready after {boot_seconds:.1f} s", highlight=False)
+    moves: list[MoveSample] = []
+    with contextlib.ExitStack() as stack:
+        cluster = start_cluster(stack, directory, model, arguments.worker_arguments, clock)
+        boot_seconds, workers = wait_cluster(cluster, console, clock)
+        console.print(
+            f"ready after {boot_seconds:.1f} s: {len(workers)} workers behind {cluster.router.url}",
+            highlight=False,
+        )
         started = clock.monotonic()
-        samples = run_conversations(worker, rules, console, clock)
+        samples = run_conversations(cluster.router.url, workers[0], rules, console, clock)
+        if MOVED in expected:
+            moves = run_moves(cluster.router.url, workers, rules, console, clock)
         seconds = clock.monotonic() - started
-    verdict = judge(samples, expected)
+    verdict = judge(samples, levels)
+    problems = (*verdict.problems, *(judge_moves(moves) if MOVED in expected else ()))
     console.print(level_table(samples))
-    console.print(f"{len(samples)} requests in {seconds:.1f} s", highlight=False)
-    for line in verdict.problems or verdict.findings:
-        console.print(line, style="red" if verdict.problems else "green", highlight=False)
-    return 1 if verdict.problems else 0
+    if moves:
+        console.print(move_table(moves))
+    requests = len(samples) + len(moves) // 3 * 5
+    console.print(f"{requests} requests in {seconds:.1f} s", highlight=False)
+    findings = list(verdict.findings)
+    if moves and not problems:
+        findings.append(
+            f"identical outputs: {len(moves) // 3} sessions that moved, against staying and "
+            "recompute"
+        )
+    for line in problems or findings:
+        console.print(line, style="red" if problems else "green", highlight=False)
+    return 1 if problems else 0
+
+
+@dataclass(frozen=True, slots=True)
+class DemoCluster:
+    """Two workers behind a router, all of them running."""
+
+    workers: tuple[WorkerProcess, ...]
+    router: WorkerProcess
+
+
+def start_cluster(
+    stack: contextlib.ExitStack,
+    directory: Path,
+    model: Path,
+    worker_arguments: Sequence[str],
+    clock: Clock,
+) -> DemoCluster:
+    """Start everything; `stack` stops it, the router first."""
+    from symphony_sglang.workload.worker_process import WorkerProcess, free_port
+
+    workers = tuple(
+        stack.enter_context(
+            WorkerProcess(
+                [
+                    *("--model-path", str(model)),
+                    *("--max-total-tokens", str(DEVICE_TOKENS)),
+                    *("--symphony-host-gb", str(HOST_GB)),
+                    *("--symphony-nvme-dir", str(directory / "pages" / f"worker-{number}")),
+                    *("--symphony-nvme-gb", str(NVME_GB)),
+                    # Both end together: nobody would take their sessions.
+                    *("--symphony-grace", "0"),
+                    *worker_arguments,
+                ],
+                log_path=directory / f"worker-{number}.log",
+                clock=clock,
+            )
+        )
+        for number in range(WORKERS)
+    )
+    port = free_port()
+    command = [
+        *(sys.executable, "-m", "symphony_sglang.launch_router"),
+        *("--host", "127.0.0.1", "--port", str(port), "--prometheus-port", "0"),
+        *("--model-path", str(model), "--worker-urls", *(worker.url for worker in workers)),
+    ]
+    router = stack.enter_context(
+        WorkerProcess(
+            (), command=command, port=port, log_path=directory / "router.log", clock=clock
+        )
+    )
+    return DemoCluster(workers, router)
+
+
+def wait_cluster(cluster: DemoCluster, console: Console, clock: Clock) -> tuple[float, list[str]]:
+    """Seconds until all were up, and the workers' ids at the router, in order.
+
+    Raises:
+        ServerUnavailableError: one of them does not come up.
+    """
+    began = clock.monotonic()
+    for number, worker in enumerate(cluster.workers):
+        console.print(f"starting worker {number}, its log is {worker.log_path}", highlight=False)
+    for worker in cluster.workers:
+        wait_ready(worker, console)
+    wait_ready(cluster.router, console)
+    deadline = clock.monotonic() + READY_SECONDS_MAX
+    while True:
+        with contextlib.suppress(OSError, ValueError):
+            with urllib.request.urlopen(f"{cluster.router.url}/workers", timeout=5) as answer:
+                listed = json.loads(answer.read())["workers"]
+            ids = {entry["url"]: entry["id"] for entry in listed if entry["is_healthy"]}
+            if len(ids) == len(cluster.workers):
+                return clock.monotonic() - began, [ids[w.url] for w in cluster.workers]
+        if clock.monotonic() >= deadline:
+            raise ServerUnavailableError(
+                f"the router does not see the workers; the end of its log:\n"
+                f"{cluster.router.log_tail()}"
+            )
+        time.sleep(READY_POLL_SECONDS)
 
 
 def parse_levels(text: str) -> list[str]:
@@ -140,8 +237,8 @@ def parse_levels(text: str) -> list[str]:
     """
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
-        if name not in LEVELS:
-            raise ConfigError(f"--expect has {name!r}; expected levels of {', '.join(LEVELS)}")
+        if name not in EXPECTED:
+            raise ConfigError(f"--expect has {name!r}; expected levels of {', '.join(EXPECTED)}")
     return names
 
 
@@ -154,17 +251,19 @@ def wait_ready(worker: WorkerProcess, console: Console) -> float:
 
 
 def run_conversations(
-    worker: WorkerProcess, rules: ConversationRules, console: Console, clock: Clock
+    url: str, worker: str, rules: ConversationRules, console: Console, clock: Clock
 ) -> list[Sample]:
+    """The levels of one worker, which the router is told to send to."""
     import asyncio
     import uuid
 
     from symphony_sglang.workload.conversation import converse
+    from symphony_sglang.workload.demo_move import TARGET_HEADER
     from symphony_sglang.workload.generate_client import GenerateClient
     from symphony_sglang.workload.replay_report import ReplayProgress
 
     async def measured() -> list[Sample]:
-        async with GenerateClient(worker.url, clock=clock) as client:
+        async with GenerateClient(url, clock=clock, headers={TARGET_HEADER: worker}) as client:
             return await converse(
                 client,
                 rules,
@@ -174,6 +273,31 @@ def run_conversations(
 
     with ReplayProgress(console, clock, total=rules.request_count, title="conversing") as progress:
         return asyncio.run(measured())
+
+
+def run_moves(
+    url: str, workers: Sequence[str], rules: ConversationRules, console: Console, clock: Clock
+) -> list[MoveSample]:
+    """Sessions that go to the other worker between turns."""
+    import asyncio
+    import uuid
+
+    from symphony_sglang.workload.demo_move import Way, converse_and_move
+    from symphony_sglang.workload.replay_report import ReplayProgress
+
+    rules = replace(rules, sessions=MOVING_SESSIONS, lag=1, seed=rules.seed + 1)
+    total = MOVING_SESSIONS * len(Way)
+    with ReplayProgress(console, clock, total=total, title="moving") as progress:
+        return asyncio.run(
+            converse_and_move(
+                url,
+                workers,
+                rules,
+                run_id=uuid.uuid4().hex,
+                clock=clock,
+                on_sample=lambda sample: progress.advance(failed=False),
+            )
+        )
 
 
 @dataclass(frozen=True, slots=True)
