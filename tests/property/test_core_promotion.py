@@ -265,12 +265,16 @@ def test_the_gate_clips_what_is_slower_than_recompute_and_would_come_too_late():
 
 
 def test_a_slow_level_is_used_where_it_will_be_done_in_time():
-    slow = GateSnapshot(nvme_to_host=Rate(10), host_to_device=Rate(50), prefill=Rate(100))
+    slow = GateSnapshot(nvme_to_host=Rate(30), host_to_device=Rate(50), prefill=Rate(100))
     result = plan([view("a", goal_tokens=40, host_tokens=16)], gate=slow, now=0.0)
     assert not result.clips
     assert result.stages
-    soon = view("a", goal_tokens=40, host_tokens=16, deadline_seconds=1.0)
+    soon = view("a", goal_tokens=40, host_tokens=16, deadline_seconds=0.5)
     assert plan([soon], gate=slow, now=0.0).clips == (Clip("a", 16, Reason.NVME_SLOWER),)
+    # More than four times slower than computing: something is wrong with it.
+    broken = GateSnapshot(nvme_to_host=Rate(10), host_to_device=Rate(50), prefill=Rate(100))
+    result = plan([view("a", goal_tokens=40, host_tokens=16)], gate=broken, now=0.0)
+    assert result.clips == (Clip("a", 16, Reason.NVME_SLOWER),)
 
 
 def test_an_advisory_longer_than_the_budget_is_clipped_to_it():

@@ -67,13 +67,16 @@ class PlannerLimits:
     # Advisories without a deadline are ordered as if due this long after receipt. Typing leads
     # average 11.3 s, agent hand-overs 5.8 s (SYMPHONY §3.1); sooner is the safe side.
     implied_lead_seconds: float = 5.0
+    # How many times longer than computing a load ahead of its request may take. Beyond that the
+    # level is broken or busy, and whoever comes early would wait for it.
+    early_factor: float = 4.0
 
     def __post_init__(self) -> None:
         assert self.page_size > 0, self.page_size
         assert 0 < self.chunk_pages <= 128, self.chunk_pages
         assert min(self.stages_max, self.probes_max, self.drops_max) > 0, self
         assert self.deadline_quantum_seconds > 0, self.deadline_quantum_seconds
-        assert self.implied_lead_seconds >= 0, self.implied_lead_seconds
+        assert self.implied_lead_seconds >= 0 <= self.early_factor, self
 
     @property
     def chunk_tokens(self) -> int:
@@ -343,23 +346,24 @@ class _Step:
         return goal
 
     def gated(self, view: AdvisoryView, goal: int) -> tuple[int, Reason]:
-        """The part of `goal` that is faster to bring than to compute again, or brought in time.
-
-        What is there when the request comes costs it nothing, however slow the level is, while
-        recomputing costs the device's time.
-        """
+        """The part of `goal` that is faster to bring than to compute again, or brought in time."""
         device, upper = view.device_tokens or 0, view.upper_tokens
-        slack = self.limits.due_seconds(view) - self.now_seconds
         reason = Reason.NVME_SLOWER
-        if goal > upper:
-            decision = self.gate.worth_loading(Level.NVME, goal - upper)
-            if not decision.use and decision.load_seconds > slack:
-                goal = page_floor(upper, self.limits.page_size)
+        if goal > upper and not self.worth(view, Level.NVME, goal - upper):
+            goal = page_floor(upper, self.limits.page_size)
         if view.target is Target.DEVICE and device < goal <= upper:
-            decision = self.gate.worth_loading(Level.HOST, goal - device)
-            if not decision.use and decision.load_seconds > slack:
+            if not self.worth(view, Level.HOST, goal - device):
                 goal, reason = page_floor(device, self.limits.page_size), Reason.HOST_SLOWER
         return goal, reason
+
+    def worth(self, view: AdvisoryView, level: Level, tokens: int) -> bool:
+        """What is there when its request comes costs that nothing, and recomputing would cost the
+        device's time: so a level may be slower than computing, within reason, if it is in time.
+        """
+        decision = self.gate.worth_loading(level, tokens)
+        slack = self.limits.due_seconds(view) - self.now_seconds
+        early = min(slack, self.limits.early_factor * decision.recompute_seconds)
+        return decision.use or decision.load_seconds <= early
 
     def stage(self, view: AdvisoryView, goal: int) -> None:
         """One chunk from NVMe to host, held on host if the budget allows."""

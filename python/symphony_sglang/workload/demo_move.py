@@ -19,8 +19,8 @@ from symphony_sglang.errors import ServerUnavailableError
 from symphony_sglang.workload.conversation import (
     POLL_SECONDS,
     POLLS_MAX,
-    Conversations,
     ConversationRules,
+    Conversations,
     ask,
 )
 from symphony_sglang.workload.generate_client import GenerateClient, Generation
