@@ -47,7 +47,9 @@ def run(directory: Path, seeds: int, figures: list[str], console: Console) -> No
         if (item.figure, item.model, item.variant, item.rules.users.users, item.rules.seed)
         not in done
     ]
-    gc.freeze()  # what is imported lives for ever: no need to look at it again
+    # A run makes millions of small objects and hardly a cycle.
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
     with path.open("a") as output, Progress(console=console, transient=True) as progress:
         bar = progress.add_task("simulating", total=len(todo))
         for item in todo:

@@ -15,6 +15,7 @@ COLORS = {
     "unadvised": "#7fbf9f",
     "symphony": "#1f8f5f",
     "oracle": "#111111",
+    "greedy": "#6a5acd",
 }
 NAMES = {
     "recompute": "recompute (vLLM)",
@@ -23,6 +24,7 @@ NAMES = {
     "paper": "paper's policy",
     "symphony": "symphony (ours)",
     "oracle": "oracle leads",
+    "greedy": "greedy, 60 % false",
 }
 # (users, TPOT ms) that the paper gives for Llama-3.1-8B: figure 11 and section 4.2.
 PAPER_TPOT = {"recompute": [(64, 18.0)], "paper": [(256, 18.23), (512, 20.5)]}
@@ -44,10 +46,11 @@ def plot_all(summary: dict[str, Any], directory: Path) -> list[Path]:
         "legend.frameon": False,
     }
     points = Points(summary["points"])
-    drawn = []
-    for model in ("8b", "13b"):
-        if points.curve("users", model, "recompute", "tpot_seconds.mean")[0]:
-            drawn.append(plot_users(points, model, directory / f"users-{model}.png"))
+    drawn = [
+        plot_users(points, model, directory / f"users-{model}.png")
+        for model in ("8b", "13b")
+        if points.curve("users", model, "recompute", "tpot_seconds.mean")[0]
+    ]
     for name, draw in (
         ("burst", plot_burst),
         ("imbalance", plot_imbalance),
@@ -82,6 +85,7 @@ def curves(axes: Any, points: Points, figure: str, model: str, path: str) -> Non
     axes.minorticks_off()
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("")
 
 
 def users_of(points: Points, figure: str, model: str) -> list[int]:
@@ -99,8 +103,9 @@ def plot_users(points: Points, model: str, path: Path) -> Path:
     curves(right, points, "users", model, "ttft_seconds.mean")
     if model == "8b":
         for arm, pairs in PAPER_TPOT.items():
-            left.plot(*zip(*pairs, strict=True), "*", mfc="none", mec=COLORS[arm], ms=15, mew=1.5,
-                      label=f"reported: {'vLLM' if arm == 'recompute' else 'SYMPHONY'}")  # fmt: skip
+            name = "vLLM" if arm == "recompute" else "SYMPHONY"
+            left.plot(*zip(*pairs, strict=True), "*", mfc="none", mec=COLORS[arm], ms=13, mew=1.5,
+                      label=f"reported: {name}")  # fmt: skip
     _, recompute = points.curve("users", model, "recompute", "tpot_seconds.mean")
     for factor, word in ((1.013, "+1.3 %"), (1.14, "+14 %")):
         level = 1e3 * recompute[0] * factor
@@ -109,7 +114,7 @@ def plot_users(points: Points, model: str, path: Path) -> Path:
                       ha="right", va="bottom", color="#666666")  # fmt: skip
     left.set_title("TPOT, ms (mean)")
     right.set_title("TTFT, ms (mean)")
-    left.yaxis.set_ticks([15, 20, 30, 50, 100, 200])
+    left.yaxis.set_ticks([15, 20, 25, 30, 40, 50, 70, 100, 200])
     top = 1e3 * recompute.max() * 1.15
     left.set_ylim(13 if model == "8b" else 20, top)
     left.legend(fontsize=7.5, loc="upper left")
@@ -141,7 +146,7 @@ def plot_imbalance(points: Points, path: Path) -> Path:
     arms = ("sticky", "paper", "symphony")
     paper = {"sticky": 3.1, "paper": 1.0}
     for place, arm in enumerate(arms):
-        value = points.at("imbalance", "8b", arm, "load_peak_over_median") or 0.0
+        value = points.at("imbalance", "8b", arm, "load_max_over_median") or 0.0
         axes.bar(place, value, 0.55, color=COLORS[arm])
         axes.annotate(f"{value:.2f}", (place, value), ha="center", va="bottom")
         if arm in paper:
@@ -149,7 +154,7 @@ def plot_imbalance(points: Points, path: Path) -> Path:
                       label="reported" if arm == "sticky" else None)  # fmt: skip
     axes.axhline(1.0, color="#666666", lw=0.8, ls=":")
     axes.set_xticks(range(3), [NAMES[arm] for arm in arms], fontsize=8)
-    axes.set_ylabel("busiest / median worker, busy time")
+    axes.set_ylabel("busiest / median worker, requests, mean over time")
     axes.set_ylim(0, 3.5)
     axes.legend()
     axes.set_title("Load imbalance, skewed users, 8 workers (simulated)", fontsize=10)
@@ -202,7 +207,7 @@ def plot_ablations(points: Points, path: Path) -> Path:
     from matplotlib import pyplot
 
     words = ("no layer order", "no layer-wise loading", "no cooperation")
-    panels = [(model, arm) for model in ("8b", "13b") for arm in ("symphony", "paper")]
+    panels = [(model, arm) for model in ("8b", "13b") for arm in ("symphony", "greedy")]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10.0, 3.9), layout="constrained")
     width = 0.8 / len(panels)
     for number, (model, arm) in enumerate(panels):

@@ -26,6 +26,7 @@ INTERRUPTED = 130
 WATCH_SECONDS = 0.5
 # Ours alone: each worker has a place of its own there.
 NVME_FLAG = f"{FLAG_PREFIX}nvme-dir"
+GRACE_FLAG = f"{FLAG_PREFIX}grace"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,9 @@ def plan_cluster(argv: Sequence[str]) -> ClusterPlan:
     shared = ["--model-path", arguments.model_path, *worker_words]
     if arguments.api_key:
         shared += ["--api-key", arguments.api_key]
+    if not any(word.partition("=")[0] == GRACE_FLAG for word in worker_words):
+        # They end together: nobody would take their sessions.
+        shared += [GRACE_FLAG, "0"]
     ports: set[int] = set()
     while len(ports) < arguments.workers:
         ports.add(free_port())

@@ -265,7 +265,7 @@ def test_the_gate_clips_what_is_slower_than_recompute_and_would_come_too_late():
 
 
 def test_a_slow_level_is_used_where_it_will_be_done_in_time():
-    slow = GateSnapshot(nvme_to_host=Rate(30), host_to_device=Rate(50), prefill=Rate(100))
+    slow = GateSnapshot(nvme_to_host=Rate(30), host_to_device=Rate(1000), prefill=Rate(100))
     result = plan([view("a", goal_tokens=40, host_tokens=16)], gate=slow, now=0.0)
     assert not result.clips
     assert result.stages

@@ -377,7 +377,7 @@ def test_a_thousand_hints_over_two_ranks_of_which_one_stumbles(
         Faults().save(faults)
         counters = server.residency()["counters"]["advisories"]
         assert sum(counters["statuses"].values()) >= 500
-        assert counters["moved_tokens"]["host_to_device"] > 0
+        assert sum(counters["moved_tokens"].values()) > 0
         for turn, wanted in zip(turns, expected, strict=True):
             assert server.greedy_one(turn)["output_ids"] == wanted
         for session_id in sessions:

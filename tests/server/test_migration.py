@@ -132,11 +132,13 @@ class Cluster:
             log.add(OwnershipEntry(**{**entry, "event": OwnershipEvent(entry["event"])}))
         assert log.entries == len(entries)
 
-    def check_idle(self) -> None:
-        """No reservation and no pull is left anywhere."""
-        for server in self.workers.values():
-            peer = server.residency()["peer"]
-            assert (peer["moves"], peer["pulls"]) == (0, 0)
+    def reserved(self) -> int:
+        return sum(server.residency()["peer"]["moves"] for server in self.workers.values())
+
+    def check_idle(self, reserved: int = 0) -> None:
+        """No pull is left anywhere, and no more reservations than there were."""
+        assert self.reserved() <= reserved
+        assert all(w.residency()["peer"]["pulls"] == 0 for w in self.workers.values())
 
 
 def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
@@ -254,7 +256,7 @@ def test_requests_beside_moves_are_all_served_alike(cluster) -> None:
         assert mover.result() > 0
     assert [answer.body["output_ids"] for answer in answers] == expected
     cluster.check_owners()
-    until(lambda: all(s.residency()["peer"]["moves"] == 0 for s in cluster.workers.values()))
+    until(lambda: cluster.reserved() == 0)
 
 
 def test_request_finds_its_pages_pulled_where_it_was_sent(cluster) -> None:
@@ -321,6 +323,8 @@ def test_target_killed_in_the_middle_leaves_the_session_at_its_source(cluster) -
     prompt = cluster.opened("m8", 8, 3000)
     source = cluster.owner("m8")
     target = cluster.other(source)
+    # That of the killed router's move lasts until its lease ends.
+    reserved = cluster.reserved()
     record = cluster.migrate("m8", target).body
     kill(cluster, target)
     record = cluster.ended(record["move_id"])
@@ -329,12 +333,12 @@ def test_target_killed_in_the_middle_leaves_the_session_at_its_source(cluster) -
     answer = cluster.turn("m8", turn)
     assert cluster.name_of(served_by(answer)) == source
     assert answer.body["output_ids"] == cluster.computed(turn)
-    cluster.check_idle()
+    cluster.check_idle(reserved)
     cluster.start_worker(target, port=server.worker.port)
     cluster.wait_workers(2)
     assert cluster.moved("m8", cluster.other(cluster.owner("m8")))["state"] == "done"
     cluster.check_owners()
-    cluster.check_idle()
+    cluster.check_idle(reserved)
 
 
 def test_drained_worker_hands_its_sessions_off_and_goes(cluster) -> None:
@@ -356,6 +360,30 @@ def test_drained_worker_hands_its_sessions_off_and_goes(cluster) -> None:
     added = cluster.front.call("POST", f"/add_worker?url={cluster.workers[leaver].url}")
     assert added.status == 200, added
     cluster.wait_workers(2)
+
+
+def test_terminated_worker_hands_its_sessions_off_first(cluster) -> None:
+    prompts = {f"t{n}": cluster.opened(f"t{n}", 80 + n, 400) for n in range(4)}
+    homes = {name: cluster.owner(name) for name in prompts}
+    leaver = max(set(homes.values()), key=list(homes.values()).count)
+    stayer = cluster.other(leaver)
+    server = cluster.workers.pop(leaver)
+    process = server.worker.process
+    assert process is not None
+    process.send_signal(signal.SIGTERM)
+    process.wait(60)
+    for name, prompt in prompts.items():
+        turn = [*prompt, 312]
+        served = cluster.turn(name, turn)
+        assert cluster.name_of(served_by(served)) == stayer
+        assert sum(cached(served.body).values()) >= 384, name
+        assert served.body["output_ids"] == cluster.computed(turn)
+    server.worker.stop()
+    cluster.start_worker(leaver, port=server.worker.port)
+    cluster.wait_workers(2)
+    entry = cluster.front.call("GET", f"/workers/{cluster.ids[leaver]}").body
+    assert entry["draining"] is False
+    cluster.check_owners()
 
 
 def test_worker_of_another_model_is_refused(cluster, tmp_path_factory) -> None:
@@ -396,7 +424,7 @@ def test_killed_source_is_followed_by_its_target(cluster) -> None:
     assert answer.body["output_ids"] == cluster.computed(turn)
     cluster.ended(record["move_id"])
     cluster.check_owners()
-    until(lambda: all(s.residency()["peer"]["moves"] == 0 for s in cluster.workers.values()), 20)
+    until(lambda: cluster.reserved() == 0, 90)
 
 
 def kill(cluster: Cluster, name: str) -> None:

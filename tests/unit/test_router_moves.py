@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 
 import pytest
@@ -15,6 +16,7 @@ from symphony_sglang.core.prefix import Namespace
 from symphony_sglang.router.moves_orders import session_parts
 from symphony_sglang.router.peers import peer_address
 from symphony_sglang.router.sessions import session_key
+from symphony_sglang.wire.feed import SessionChange
 
 
 def run(scenario):  # type: ignore[no-untyped-def]
@@ -111,8 +113,6 @@ def _session():  # type: ignore[no-untyped-def]
 
 
 def _change(session_id: str, **fields):  # type: ignore[no-untyped-def]
-    from symphony_sglang.wire.feed import SessionChange
-
     return SessionChange(session_id, total_tokens=160, turns=1, **fields)
 
 
@@ -357,6 +357,51 @@ def test_request_waits_for_the_copy_where_the_source_is_gone_from_service() -> N
             assert "s" in target.sessions
             await made.settle()
             made.check_quiet()
+
+    run(scenario)
+
+
+def test_listeners_hear_of_each_state_of_a_move() -> None:
+    async def scenario() -> None:
+        async with moves_world() as made:
+            await made.owned("w0", "s")
+            url = f"{made.url}/symphony/events?interval_s=0.2"
+            async with made.client.get(url) as stream:
+                assert (await stream.content.readline()).startswith(b"event: residency")
+                record = await made.migrate("s", "w1")
+                lines: list[bytes] = []
+                while b"event: move\n" not in lines:
+                    lines.append(await stream.content.readline())
+                told = json.loads((await stream.content.readline()).removeprefix(b"data: "))
+            assert (told["move_id"], told["from"]) == (record["move_id"], record["from"])
+
+    run(scenario)
+
+
+def test_large_snapshot_is_taken_in_slices_and_changes_come_after_it() -> None:
+    async def scenario() -> None:
+        async with moves_world() as made:
+            worker_id = made.by_name("w0").worker_id
+            sessions = [_change(f"n{number}") for number in range(2000)]
+            made.mover.session_changed(worker_id, _change("forgotten"))
+            made.mover.snapshot(worker_id, sessions)
+            assert made.mover.place("n1999") is None
+            # Heard while the snapshot is being taken: newer than what it says.
+            made.mover.session_changed(worker_id, SessionChange("n5", gone=True))
+            made.mover.session_changed(worker_id, _change("later"))
+            await made.until(lambda: made.mover.place("later") is not None)
+            assert made.mover.place("n1999") == worker_id
+            assert made.mover.place("n5") is None
+            assert made.mover.place("forgotten") is None
+            # A second one makes the first void.
+            made.mover.snapshot(worker_id, sessions)
+            made.mover.snapshot(worker_id, sessions[:3])
+            await asyncio.sleep(0.05)
+            assert len(made.mover.book.known_by(worker_id)) == 3
+            made.mover.snapshot(worker_id, sessions)
+            made.mover.worker_lost(worker_id)
+            await asyncio.sleep(0.05)
+            assert made.mover.book.known_by(worker_id) == []
 
     run(scenario)
 

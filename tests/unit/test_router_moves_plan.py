@@ -13,6 +13,7 @@ from symphony_sglang.core.migration import OrderKind
 from symphony_sglang.core.page_hash import event_hashes
 from symphony_sglang.core.prefix import NO_NAMESPACE, pack_tokens
 from symphony_sglang.core.routing_types import LoadView, WorkerRates
+from symphony_sglang.router.moves_heads import HotHeads
 from symphony_sglang.router.moves_speed import CopySpeeds, WorkMeter, joined
 
 IDS = list(range(1000, 4008))
@@ -324,3 +325,62 @@ def test_quick_prefill_needs_no_pull() -> None:
             assert target.pulls["POST"] == 0
 
     run(scenario)
+
+
+# Shared prefixes --------------------------------------------------------------------------------
+
+
+def test_hot_head_is_copied_to_a_worker_that_joins_and_to_one_more_holder() -> None:
+    async def scenario() -> None:
+        async with moves_world() as made:
+            hold_pages(made, "w0")
+            target = made.by_name("w1")
+            for number in range(20):
+                body = {"input_ids": [*IDS[:2048], number], "session_id": f"h{number}"}
+                assert (await made.generate(body))[0] == 200
+            await made.until(lambda: target.pulls["POST"] >= 1, 5)
+            await asyncio.sleep(1.2)
+            # Once: what is there, or on its way, is not copied again.
+            assert target.pulls["POST"] == 1
+            _status, text, _headers = await made.call("GET", "/metrics")
+            assert 'symphony:moves_total{cause="warm",outcome="stored"} 1.0' in text
+
+    run(scenario)
+
+
+def asked(heads: HotHeads, ids: list[int], session: str | None, now: float = 0.0) -> None:
+    token_bytes = pack_tokens(ids)
+    hashes = event_hashes(token_bytes, 16, NO_NAMESPACE)
+    heads.asked(session, 16, hashes, token_bytes, NO_NAMESPACE, now)
+
+
+def test_head_that_sessions_share_is_found_at_its_length() -> None:
+    heads = HotHeads()
+    for number in range(16):
+        asked(heads, [*IDS[:1024], *range(number * 5000, number * 5000 + 800)], f"s{number}")
+    [head] = heads.hottest(0.0)
+    assert head.tokens == 1024
+    assert head.token_bytes == pack_tokens(IDS[:1024])
+    assert head.requests_per_second == pytest.approx(14 * 0.6931 / 30, rel=1e-3)
+    assert heads.hottest(300.0) == []
+    heads.expire(600.0)
+    heads.check()
+    assert len(heads) == 0
+
+
+def test_turns_of_one_session_make_no_hot_head() -> None:
+    heads = HotHeads()
+    for _ in range(20):
+        asked(heads, IDS, "s")
+    assert heads.hottest(0.0) == []
+    asked(heads, IDS[:100], "short")
+    assert all(entry for entry in [len(heads)])
+
+
+def test_heads_are_bounded() -> None:
+    heads = HotHeads(entries_max=16, kept_bytes_max=2048)
+    for number in range(100):
+        for session in range(6):
+            asked(heads, list(range(number, number + 600)), f"s{session}", float(number))
+        heads.check()
+    assert len(heads) <= 16

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from benchmark.reproduce_recorded import RecordedTurn, RecordedUser
+from benchmark.reproduce_summary import PATHS, value_of
 from symphony_sglang import cli
 from symphony_sglang.errors import ConfigError
 from symphony_sglang.sim.cluster import AdviceMix, Cluster, RunRules
 from symphony_sglang.sim.hardware import MACHINES, MODELS, speeds_of
+from symphony_sglang.sim.results import figures
 from symphony_sglang.sim.scenario import SCENARIO_DIRECTORY, load_scenario
 from symphony_sglang.sim.users import UserRules
 from symphony_sglang.sim.worker import Features
@@ -43,15 +46,17 @@ ARMS = {
 }
 
 
+USERS = UserRules(users=40, reading_seconds=5.0, typing_seconds=3.0)
+
+
 def run(arm: str, seed: int = 0, **changes: object) -> Cluster:
     rules = RunRules(
         name=arm,
         workers=2,
         speeds=SPEEDS,
-        users=UserRules(users=40, reading_seconds=5.0, typing_seconds=3.0),
         seconds=90.0,
         seed=seed,
-        **{**ARMS[arm], **changes},  # type: ignore[arg-type]
+        **{"users": USERS, **ARMS[arm], **changes},  # type: ignore[arg-type]
     )
     cluster = Cluster(rules)
     cluster.run()
@@ -97,6 +102,66 @@ def test_without_hints_an_advised_arm_is_the_unadvised_one() -> None:
     assert [r.ttft_seconds for r in none.requests] == [r.ttft_seconds for r in plain.requests]
 
 
+def test_open_loop_conversations_come_at_their_rate_and_end() -> None:
+    users = UserRules(users=0, turns=2, session_rate=2.0, arrival_variation=2.0, typing_seconds=1.0)
+    cluster = run("advised", users=dataclasses.replace(users, reading_seconds=1.0))
+    cluster.check()
+    begun = {request.session for request in cluster.requests}
+    assert 100 < len(begun) < 300  # 2 a second for 90 s, in bursts
+    assert {request.turn for request in cluster.requests} >= {0, 1}
+
+
+def test_recorded_users_are_replayed_to_the_end() -> None:
+    turns = [RecordedTurn(500 + 60 * n, 8, 1.0 + n, 0.5 if n else None) for n in range(5)]
+    users = [RecordedUser(number, turns) for number in range(6)]
+    cluster = Cluster(
+        RunRules("recorded", 2, SPEEDS, OURS, UserRules(users=6), "symphony", 600.0,
+                 AdviceMix(), page_size=16),
+        users,
+    )  # fmt: skip
+    requests = cluster.run()
+    cluster.check()
+    assert len(requests) == 30
+    assert cluster.counts.advisories == 24
+    later = [request for request in requests if request.turn]
+    assert all(request.device_tokens >= 480 for request in later)
+
+
+def test_a_session_that_went_elsewhere_has_no_advisory_left_behind() -> None:
+    cluster = run("advised", policy="power_of_two", advice=AdviceMix())
+    served: dict[str, float] = {}
+    for request in cluster.requests:
+        served[str(request.session)] = max(served.get(str(request.session), 0), request.due_seconds)
+    withdrawn = 0
+    for worker in cluster.workers.values():
+        assert worker.promotions is not None
+        book = worker.promotions.promoter.book
+        for view in book.views():
+            advisory = book.get(view.advisory_id)
+            assert advisory is not None
+            session = advisory.request.session_id
+            assert session is not None
+            assert view.received_seconds > served[session], "for a turn still to come"
+        withdrawn += worker.promotions.promoter.outcomes.as_json(0.0)["outcomes"]["cancelled"]
+    assert withdrawn > 20
+
+
+def test_virtual_time_takes_few_events() -> None:
+    """What a run costs is its events: some dozen for each request, none for decode steps."""
+    for arm in ("recompute", "sticky", "advised"):
+        cluster = run(arm)
+        tokens = sum(request.answer_tokens for request in cluster.requests)
+        assert cluster.loop.events < 40 * len(cluster.requests)
+        assert cluster.loop.events < tokens / 5
+
+
+def test_rows_have_what_the_reproduction_reads() -> None:
+    row = figures(run("advised"), 30.0)
+    for path in PATHS:
+        assert value_of(row, path) >= 0
+    json.dumps(row)
+
+
 def test_packaged_scenarios_load_and_the_command_writes_what_it_prints(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -137,5 +202,5 @@ def test_a_wrong_scenario_is_refused_by_name_and_value(
 
 
 def test_an_unknown_scenario_names_the_packaged_ones() -> None:
-    with pytest.raises(ConfigError, match="packaged: paper-8b, small"):
+    with pytest.raises(ConfigError, match="packaged: paper-13b, paper-8b, small"):
         load_scenario("nowhere")

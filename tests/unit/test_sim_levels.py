@@ -8,11 +8,13 @@ from itertools import pairwise
 
 import pytest
 
+from benchmark.reproduce_recorded import RecordedTurn, RecordedUser
 from symphony_sglang.core.levels import Level
 from symphony_sglang.errors import ConfigError
 from symphony_sglang.sim.hardware import MACHINES, MODELS, Machine, Speeds, speeds_of
 from symphony_sglang.sim.levels import LevelStore
 from symphony_sglang.sim.loop import Channel, EventLoop
+from symphony_sglang.sim.promotion import Promotions
 from symphony_sglang.sim.users import User, UserRules
 from symphony_sglang.sim.worker import Features, SimRequest, SimWorker
 
@@ -49,9 +51,20 @@ def test_eviction_takes_the_least_recent_tail_and_spares_what_is_held() -> None:
     store.touch(2)
     assert store.evictable_tokens == 40
     assert store.grow(4, 45) == 45
-    # 10 were free; 10 of session 1 above its lock, then 25 of session 3; session 2 is kept.
-    assert [store.tokens(session) for session in (1, 2, 3, 4)] == [20, 30, 5, 45]
-    assert changes[-3:] == [(1, 30, 20), (3, 30, 5), (4, 0, 45)]
+    # 10 were free; 10 of session 1 above its lock, then session 3's only node; session 2 is kept.
+    assert [store.tokens(session) for session in (1, 2, 3, 4)] == [20, 30, 0, 45]
+    assert changes[-3:] == [(1, 30, 20), (3, 30, 0), (4, 0, 45)]
+    store.check()
+
+
+def test_eviction_goes_node_by_node_from_the_end() -> None:
+    store = LevelStore(Level.DEVICE, 100, quiet)
+    for tokens in (30, 50, 80):
+        store.grow(1, tokens)
+    assert store.evict(10) == 30  # the last turn's 30, all of them
+    assert store.evict(21) == 50  # 20 are not enough, and the next node has 30
+    store.grow(1, 60)
+    assert store.evict(1) == 10, "nodes end where they did"
     store.check()
 
 
@@ -180,6 +193,76 @@ def test_an_arrival_interrupts_decoding_at_the_end_of_a_step() -> None:
     worker.check()
 
 
+def test_what_a_prompt_does_not_share_with_the_one_before_is_computed() -> None:
+    loop, worker, _ = make_worker()
+    loop.at(0.0, worker.submit, ask(1, 7, 200, 11, 0.0))
+    loop.run()
+    request = ask(2, 7, 300, 2, 5.0)
+    request.reusable_tokens = 125
+    loop.at(5.0, worker.submit, request)
+    loop.run()
+    assert (request.device_tokens, request.computed_tokens) == (120, 180)
+
+
+def ttft_during_load(features: Features) -> float:
+    """Of a request whose session is the second of two in a load that is under way."""
+    loop, worker, ended = make_worker(features)
+    worker.promotions = Promotions(worker, loop, protect_device=0.9, protect_host=0.5)
+    for session in (7, 8):
+        loop.at(0.0, worker.submit, ask(session, session, 200, 11, 0.0))
+    loop.run()
+    worker.device.evict(1000)
+    for session in (7, 8):
+        loop.at(10.0, worker.promotions.advise, f"a{session}", session, 210, 60.0)
+    loop.at(10.001, worker.submit, ask(18, 8, 250, 1, 10.001))
+    loop.run(20.0)
+    worker.promotions.check()
+    assert ended[-1].device_tokens == 210
+    return ended[-1].ttft_seconds
+
+
+def test_lower_layers_first_lets_requests_compute_while_the_rest_arrives() -> None:
+    # 420 tokens take 42 ms from 10.0 on, a tenth of that for each layer; 40 tokens are computed in
+    # 40 ms. Layer-major, the last layer's 4 ms of compute follow the last layer's arrival.
+    assert ttft_during_load(Features()) == pytest.approx(0.041 + 0.004)
+    # Session-major, all of its compute follows the arrival of its part, which is the last.
+    assert ttft_during_load(Features(layer_wise=False)) == pytest.approx(0.041 + 0.040)
+    apart = ttft_during_load(Features(layer_order=False))
+    assert 0.045 - 1e-9 < apart < 0.081 + 1e-9
+
+
+def test_recorded_users_ask_what_was_recorded_and_then_go() -> None:
+    turns = [RecordedTurn(100, 5, 1.5), RecordedTurn(150, 0, 2.0, 0.7), RecordedTurn(90, 3, 0.0)]
+    user = RecordedUser(4, turns)
+    made = []
+    while (step := user.next_turn()) is not None:
+        made.append((step[0], user.context_tokens))
+        user.answered(1)
+    assert user.start_seconds == 1.5
+    assert [context for _, context in made] == [100, 150, 90]
+    assert [turn.history_tokens for turn, _ in made] == [0, 100, 90]
+    assert [turn.answer_tokens for turn, _ in made] == [5, 1, 3]
+    assert [turn.lead_seconds for turn, _ in made] == [None, 0.7, None]
+
+
+def test_an_open_loops_user_is_gone_after_one_conversation() -> None:
+    user = User(0, UserRules(users=1, turns=3, session_rate=1.0), 1)
+    count = 0
+    while (step := user.next_turn()) is not None:
+        assert step[0].session == 0
+        user.answered(step[0].answer_tokens)
+        count += 1
+    assert 1 <= count < 20
+
+
+def test_users_met_midway_have_said_something_before() -> None:
+    turns = [User(number, UserRules(users=1, turns=20, midway=True), 1).next_turn()
+             for number in range(50)]  # fmt: skip
+    said = [step[0].history_tokens for step in turns if step is not None]
+    assert sum(tokens > 0 for tokens in said) > 40
+    assert max(said) > 3000
+
+
 def test_memory_that_runs_out_while_decoding_retracts_the_newest() -> None:
     loop, worker, ended = make_worker()
     for number in (1, 2):
@@ -198,7 +281,9 @@ def test_users_are_the_same_for_the_same_seed_and_their_contexts_grow() -> None:
     for user in (first, second, other):
         mine = []
         for _ in range(12):
-            turn, ended = user.next_turn()
+            step = user.next_turn()
+            assert step is not None
+            turn, ended = step
             mine.append((turn, ended, user.context_tokens))
             user.answered(turn.answer_tokens)
         turns.append(mine)
@@ -206,4 +291,4 @@ def test_users_are_the_same_for_the_same_seed_and_their_contexts_grow() -> None:
     assert turns[0] != turns[2]
     contexts = [(turn.session, context) for turn, _, context in turns[0]]
     assert all(b[1] > a[1] for a, b in pairwise(contexts) if a[0] == b[0])
-    assert all(turn.lead_seconds <= turn.think_seconds for turn, _, _ in turns[0])
+    assert all(0 < (turn.lead_seconds or 0) <= turn.think_seconds for turn, _, _ in turns[0])

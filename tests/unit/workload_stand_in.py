@@ -66,6 +66,7 @@ class StandIn:
                 web.post("/tokenize", self.tokenize),
                 web.post("/generate", self.generate),
                 web.post("/symphony/advise", self.advise),
+                *self.more_routes(),
             ]
         )
         runner = web.AppRunner(app, shutdown_timeout=0.5)
@@ -77,6 +78,13 @@ class StandIn:
         self.loop.run_forever()
         self.loop.run_until_complete(runner.cleanup())
         self.loop.close()
+
+    def more_routes(self) -> list[web.RouteDef]:
+        return []
+
+    def worker_of(self, _request: web.Request, _body: dict[str, Any]) -> str:
+        """Which worker a router would have sent the request to; each has a cache of its own."""
+        return ""
 
     async def health(self, _request: web.Request) -> web.Response:
         return web.Response(status=503 if self.gone else 200)
@@ -148,7 +156,8 @@ class StandIn:
 
     async def answer(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
         ids = body.get("input_ids") or self.ids_of(body["text"])
-        device, host = self.look_up(ids, body.get("cache_salt", ""))
+        worker = self.worker_of(request, body)
+        device, host = self.look_up(ids, worker + body.get("cache_salt", ""))
         count = body["sampling_params"]["max_new_tokens"]
         seed = str(ids) + ("corrupt" if self.corrupt_host and host else "")
         output = [
@@ -172,6 +181,8 @@ class StandIn:
         if not body.get("stream"):
             return web.json_response({**events[-1], "output_ids": output})
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        if worker:
+            response.headers["X-Symphony-Worker"] = worker
         await response.prepare(request)
         for event in events:
             await response.write(b"data: " + json.dumps(event).encode() + b"\n\n")

@@ -66,6 +66,8 @@ class EarlyChoice(NamedTuple):
     wait_seconds: float
 
 
+# What the ids of orders outside of any move begin with.
+ADOPTION = "adopt-"
 _URGENCY = {cause: at for at, cause in enumerate(MoveCause)}
 _UNRESTED = (MoveCause.DRAIN, MoveCause.DEMAND, MoveCause.REQUEST)
 _UNYIELDING = (MoveCause.DRAIN, MoveCause.DEMAND)
@@ -146,7 +148,7 @@ class MoveBook:
             return None
         self._rest(session_id, now_seconds)
         self._numbers += 1
-        name = f"adopt-{self.instance:04x}-{self._numbers}"
+        name = f"{ADOPTION}{self.instance:04x}-{self._numbers}"
         epoch = self._new_epoch(owner.epoch)
         return Order(OrderKind.RECLAIM, worker_id, name, session_id, epoch, 0)
 

@@ -351,9 +351,9 @@ class _Step:
         reason = Reason.NVME_SLOWER
         if goal > upper and not self.worth(view, Level.NVME, goal - upper):
             goal = page_floor(upper, self.limits.page_size)
-        if view.target is Target.DEVICE and device < goal <= upper:
-            if not self.worth(view, Level.HOST, goal - device):
-                goal, reason = page_floor(device, self.limits.page_size), Reason.HOST_SLOWER
+        on_host = view.target is Target.DEVICE and device < goal <= upper
+        if on_host and not self.worth(view, Level.HOST, goal - device):
+            goal, reason = page_floor(device, self.limits.page_size), Reason.HOST_SLOWER
         return goal, reason
 
     def worth(self, view: AdvisoryView, level: Level, tokens: int) -> bool:

@@ -272,14 +272,15 @@ class PeerLevel:
             self._copied(task, message)
         elif message.stored:
             if message.blob is not None:
-                self._learn(message.blob, None)
+                # A copy: who owns the session is for a move to change.
+                self._learn(message.blob, 0)
             if task.order.advisory_id:
                 self._advise(task.order)
         # A receipt is kept for long, and must be small.
         task.blob, task.hashes = None, ()
         task.order = replace(task.order, prefix=None)
 
-    def _learn(self, blob: bytes, owner_epoch: int | None) -> bool:
+    def _learn(self, blob: bytes, owner_epoch: int) -> bool:
         """Take a pulled session record into the table and the store."""
         driver = self._driver
         try:
@@ -287,9 +288,7 @@ class PeerLevel:
         except SessionRecordError as error:
             logger.warning("a pulled session record is left out: %s", error)
             return False
-        if owner_epoch is not None:
-            record = replace(record, owner_epoch=owner_epoch)
-        driver.sessions.restore(record)
+        driver.sessions.restore(replace(record, owner_epoch=owner_epoch))
         driver.keeper.save(driver.now_seconds)
         return True
 
@@ -328,7 +327,7 @@ class PeerLevel:
             case OrderKind.VERIFY:
                 return self.moves.verify(order, self._complete(order), now)
             case OrderKind.SWITCH:
-                return self._switch(order, key)
+                return self._switch(order, key, request.target)
             case OrderKind.ABORT:
                 self._abort(order)
                 return self.moves.abort(order)
@@ -366,7 +365,7 @@ class PeerLevel:
         copy = self._copies.get(order.move_id)
         return copy is not None and self._store.prefix_length(copy[1]) == len(copy[1])
 
-    def _switch(self, order: Order, key: SessionKey) -> Reply:
+    def _switch(self, order: Order, key: SessionKey, target: str) -> Reply:
         known = self._driver.sessions.get(key)
         epoch = -1 if known is None else known.owner_epoch
         copy = self._copies.get(order.move_id)
@@ -378,8 +377,10 @@ class PeerLevel:
         self._copies.pop(order.move_id, None)
         self.moves.switched(order)
         self._driver.keeper.save(self._driver.now_seconds)
-        # The session is here because it will be needed here.
-        self._advise(PullOrder("", "", 0.0, session=key, advisory_id=f"adv-{order.move_id}"))
+        if target != "nvme":
+            # The session is here because it will be needed here.
+            name = f"adv-{order.move_id}"
+            self._advise(PullOrder("", "", 0.0, session=key, target=target, advisory_id=name))
         return reply
 
     def _abort(self, order: Order) -> None:

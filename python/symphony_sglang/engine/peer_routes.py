@@ -53,6 +53,7 @@ class OrderBody(msgspec.Struct, forbid_unknown_fields=True):
     tokens: int = 0
     bytes: int = 0
     deadline_s: float = 60.0
+    target: str = "device"  # where ``switch`` brings the session
 
 
 Body = TypeVar("Body", PullBody, OrderBody)
@@ -111,6 +112,8 @@ def check_order(body: OrderBody) -> None:
     for name in ("epoch", "step", "tokens", "bytes"):
         if not 0 <= getattr(body, name) < 1 << 63:
             raise refuse(name, f"{getattr(body, name)}; expected 0 or more")
+    if body.target not in TARGETS:
+        raise refuse("target", f"{body.target!r}; expected one of {', '.join(TARGETS)}")
     if body.kind is OrderKind.COPY:
         check_source(body.source)
 
@@ -200,6 +203,7 @@ async def post_order(request: Request) -> dict[str, Any]:
             cache_salt=body.cache_salt,
             source=body.source,
             deadline_seconds=body.deadline_s,
+            target=body.target,
             order=order,
         )
     )

@@ -17,14 +17,14 @@ import msgspec
 from symphony_sglang.clock import Clock
 from symphony_sglang.core.migration import Move, MoveCause
 from symphony_sglang.core.migration_book import Early, EarlyChoice
-from symphony_sglang.core.prefix import NO_NAMESPACE
+from symphony_sglang.core.prefix import NO_NAMESPACE, unpack_tokens
 from symphony_sglang.core.routing_types import PullOffer, RouteRequest
 from symphony_sglang.router.health import HealthMonitor
+from symphony_sglang.router.moves_heads import HotHeads
 from symphony_sglang.router.moves_mover import SessionMover
 from symphony_sglang.router.moves_orders import peer_of
 from symphony_sglang.router.moves_speed import WorkMeter
 from symphony_sglang.router.placement import Placed
-from symphony_sglang.router.tokens import decode_ids
 from symphony_sglang.router.upstream import UpstreamError
 
 logger = logging.getLogger(__name__)
@@ -40,11 +40,17 @@ class MovingRequests:
     """What placement and the proxy ask for at each request."""
 
     def __init__(
-        self, mover: SessionMover, health: HealthMonitor, meter: WorkMeter, clock: Clock
+        self,
+        mover: SessionMover,
+        health: HealthMonitor,
+        meter: WorkMeter,
+        heads: HotHeads,
+        clock: Clock,
     ) -> None:
         self._mover = mover
         self._health = health
         self._meter = meter
+        self._heads = heads
         self._clock = clock
         self._pulls = 0
 
@@ -60,6 +66,7 @@ class MovingRequests:
     async def prepare(self, placed: Placed) -> None:
         """Before a request is sent: wait for what is worth it, then count its turn."""
         key, early = placed.subject.route.session_id, placed.early
+        self._count(placed, key)
         if early is not None and early.choice is Early.TARGET_WAIT and key is not None:
             move = self._mover.book.moving(key)
             if move is not None:
@@ -70,6 +77,14 @@ class MovingRequests:
             self._mover.turn_started(key, placed.domain_id)
             placed.turn = True
 
+    def _count(self, placed: Placed, key: str | None) -> None:
+        """Heads that many share are worth copies."""
+        subject, size = placed.subject, placed.worker.info.page_size
+        hashes = subject.route.page_hashes.get(size)
+        if hashes is not None and subject.exact and subject.token_bytes:
+            now = self._clock.monotonic()
+            self._heads.asked(key, size, hashes, subject.token_bytes, subject.namespace, now)
+
     def ended(self, placed: Placed) -> None:
         key = placed.subject.route.session_id
         if placed.turn and key is not None:
@@ -78,6 +93,9 @@ class MovingRequests:
         cost = placed.decision.cost
         seconds = cost.recompute + cost.bring + cost.pull
         if seconds > 0:
+            # A caller who names the worker has decided: such work is not for us to spread.
+            if placed.subject.route.target_worker is not None:
+                key = None
             self._meter.add(key, placed.domain_id, seconds, self._clock.monotonic())
 
     # Pages for a request ------------------------------------------------------------------------
@@ -96,9 +114,9 @@ class MovingRequests:
                 # The request computes now; a record that comes after it would be older than its.
                 self._mover.cancel(asked.move_id)
             return
-        ids = decode_ids(bytes(placed.subject.fields.input_ids))
-        if ids is None or self._pulls >= PULLS_MAX:
+        if not placed.subject.token_bytes or self._pulls >= PULLS_MAX:
             return
+        ids = [int(token) for token in unpack_tokens(placed.subject.token_bytes)]
         self._pulls += 1
         try:
             async with asyncio.timeout(wait):

@@ -7,6 +7,7 @@ replies come back; the book decides. Everything here is on the event loop and do
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
@@ -22,7 +23,13 @@ from symphony_sglang.core.migration import (
     Order,
     OrderKind,
 )
-from symphony_sglang.core.migration_book import BookLimits, EarlyChoice, MoveBook, Refusal
+from symphony_sglang.core.migration_book import (
+    ADOPTION,
+    BookLimits,
+    EarlyChoice,
+    MoveBook,
+    Refusal,
+)
 from symphony_sglang.core.migration_log import Claim, OwnershipEntry, OwnershipEvent
 from symphony_sglang.core.migration_worker import Reply
 from symphony_sglang.core.prefix import Namespace
@@ -41,6 +48,7 @@ from symphony_sglang.router.health import HealthMonitor
 from symphony_sglang.router.moves_drain import Drains
 from symphony_sglang.router.moves_log import OwnershipJournal
 from symphony_sglang.router.moves_orders import OrderSender, peer_of, session_parts
+from symphony_sglang.router.moves_records import durations, migrate_fields, record
 from symphony_sglang.router.moves_speed import CopySpeeds, joined
 from symphony_sglang.router.placement import Placement
 from symphony_sglang.router.registry import Worker, WorkerRegistry
@@ -58,7 +66,11 @@ PAUSE_SECONDS_MIN = 0.002
 RECENT_MAX = 64
 CHANGES_MAX = 1024
 SERVED_MAX = 65_536
+# A session costs about ten microseconds: the event loop is held this long at a time.
+SLICE_SESSIONS = 512
+BACKLOG_MAX = 50_000
 GAIN_SECONDS_MIN = 0.02
+SOON = (MoveCause.REQUEST, MoveCause.DEMAND, MoveCause.ADVISORY)
 SWITCHED = (MoveState.RELEASING, MoveState.DONE)
 
 
@@ -91,13 +103,16 @@ class SessionMover:
         self.book = MoveBook(instance, limits)
         self.journal = OwnershipJournal()
         self.speeds = CopySpeeds()
-        self.sender = OrderSender(registry, health, background, self.answered)
+        self.sender = OrderSender(registry, health, background, self.answered, self._target)
         self.drains = Drains(registry, self.book, self.open_moves, clock, drain_seconds_max)
         self.registry = registry
         self.placement = placement
         self._clock = clock
         self._metrics = metrics
+        self._background = background
         self._open: dict[str, Watch] = {}
+        # Changes that wait behind a large snapshot of their worker.
+        self._backlogs: dict[str, deque[SessionChange]] = {}
         self._changes: deque[tuple[int, str]] = deque(maxlen=CHANGES_MAX)
         self._change_number = 0
         self._served: OrderedDict[str, str] = OrderedDict()  # session -> worker of its last turn
@@ -110,11 +125,9 @@ class SessionMover:
         while True:
             self.step()
             self._wake.clear()
-            try:
+            with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._pause()):
                     await self._wake.wait()
-            except TimeoutError:
-                pass
 
     def _pause(self) -> float:
         """Until the next order is due."""
@@ -201,8 +214,15 @@ class SessionMover:
 
     # What workers say -------------------------------------------------------------------------
 
-    def session_changed(self, worker_id: str, change: SessionChange, *, live: bool = True) -> None:
+    def session_changed(self, worker_id: str, change: SessionChange) -> None:
         """A session's turn ended at a worker, or it took the session, or forgot it."""
+        backlog = self._backlogs.get(worker_id)
+        if backlog is not None and len(backlog) < BACKLOG_MAX:
+            backlog.append(change)
+        else:
+            self._take(worker_id, change, live=True)
+
+    def _take(self, worker_id: str, change: SessionChange, *, live: bool) -> None:
         key = session_key(change.session_id, Namespace(change.extra_key, change.cache_salt))
         now = self._clock.monotonic()
         if change.gone:
@@ -218,21 +238,50 @@ class SessionMover:
             # A turn that ended here has the newest KV here: what it says is not overruled.
             adopted = self.book.adopt(key, worker_id, now)
             orders = orders if adopted is None else [adopted]
-        self._send(orders)
+        if orders:
+            self._send(orders)
 
     def snapshot(self, worker_id: str, sessions: Sequence[SessionChange]) -> None:
-        """All sessions that a worker knows."""
-        named = {session_key(s.session_id, Namespace(s.extra_key, s.cache_salt)) for s in sessions}
-        for key in self.book.known_by(worker_id):
-            if key not in named:
-                self.book.forgotten(key, worker_id)
-                self._note(OwnershipEvent.GONE, key, worker_id, 0)
-        for change in sessions:
-            self.session_changed(worker_id, change, live=False)
+        """All sessions that a worker knows; a large snapshot is taken in slices, and what is heard
+        meanwhile after it."""
+        self._backlogs.pop(worker_id, None)
+        if len(sessions) > SLICE_SESSIONS:
+            backlog = self._backlogs[worker_id] = deque()
+            work = self._take_all(worker_id, sessions, backlog)
+            if self._background.start(work, f"sessions of {worker_id}") is not None:
+                return
+            del self._backlogs[worker_id]
+        # Without a backlog it does not wait for anything.
+        with contextlib.suppress(StopIteration):
+            self._take_all(worker_id, sessions, None).send(None)
+
+    async def _take_all(
+        self,
+        worker_id: str,
+        sessions: Sequence[SessionChange],
+        backlog: deque[SessionChange] | None,
+    ) -> None:
+        gone = set(self.book.known_by(worker_id))
+        for number, change in enumerate(sessions):
+            if backlog is not None and number % SLICE_SESSIONS == 0:
+                await asyncio.sleep(0)
+                if self._backlogs.get(worker_id) is not backlog:
+                    return  # a newer snapshot, or the worker is lost
+            self._take(worker_id, change, live=False)
+            key = session_key(change.session_id, Namespace(change.extra_key, change.cache_salt))
+            gone.discard(key)
+        for key in gone:
+            self.book.forgotten(key, worker_id)
+            self._note(OwnershipEvent.GONE, key, worker_id, 0)
+        if backlog is not None:
+            del self._backlogs[worker_id]
+            for change in backlog:
+                self._take(worker_id, change, live=True)
 
     def worker_lost(self, worker_id: str) -> None:
         """A worker is silent: what it claims is void until it speaks again."""
-        for key in self.book.known_by(worker_id):
+        self._backlogs.pop(worker_id, None)
+        for key in self.book.known_by(worker_id)[-SLICE_SESSIONS:]:
             self._note(OwnershipEvent.GONE, key, worker_id, 0)
         self._send(self.book.worker_lost(worker_id, self._clock.monotonic()))
 
@@ -256,9 +305,8 @@ class SessionMover:
         if reply.ok and not reply.pending:
             self._note_done(order)
         now = self._clock.monotonic()
-        if order.move_id and self.book.get(order.move_id) is None and reply.ok:
-            if order.kind is OrderKind.RECLAIM:
-                self._send(self.book.adopted(order))
+        if order.move_id.startswith(ADOPTION):
+            self._send(self.book.adopted(order) if reply.ok else [])
             return
         self._send(self.book.answered(reply, now))
         self._wake.set()
@@ -274,6 +322,11 @@ class SessionMover:
     ) -> None:
         now = self._clock.monotonic()
         self.journal.write(OwnershipEntry(now, event, key, worker_id, epoch, turns))
+
+    def _target(self, order: Order) -> str:
+        """Only what will be needed soon has a claim to the device."""
+        move = self.book.get(order.move_id)
+        return "device" if move is None or move.cause in SOON else "host"
 
     # Turns ------------------------------------------------------------------------------------
 
@@ -323,11 +376,9 @@ class SessionMover:
         """Wait until a move has switched; False where it has not in time, or was given up."""
         watch = self._open.get(move_id)
         if watch is not None:
-            try:
+            with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(seconds_max):
                     await watch.turned.wait()
-            except TimeoutError:
-                return False
         move = self.book.get(move_id)
         return move is not None and move.state in SWITCHED
 
@@ -374,10 +425,13 @@ class SessionMover:
         """``{"session_id", "to"}``, with ``extra_key`` and ``cache_salt`` where used.
 
         Raises:
-            ApiError: 400, a field is missing or wrong; 404, nobody owns the session; 409, it cannot
-                move there, or not now.
+            ApiError: 400, a field is missing or wrong; 404, nobody owns the session, or no such
+                worker; 409, it cannot move there, or not now.
         """
-        key, target = self._migrate_fields(body)
+        key, name = migrate_fields(body)
+        target = self.registry.find(name)
+        if target is None:
+            raise ApiError(404, "worker_not_found", f"to: worker {name[:256]!r} is not known")
         owner = self.book.owner(key)
         if owner is None:
             message = f"session {session_parts(key).session_id[:256]!r} is known to no worker"
@@ -392,26 +446,6 @@ class SessionMover:
         if isinstance(asked, Refusal):
             raise ApiError(409, asked.value, f"session_id: {asked.value.replace('_', ' ')}")
         return record(asked)
-
-    def _migrate_fields(self, body: Any) -> tuple[str, Worker]:
-        if not isinstance(body, dict):
-            raise ApiError(400, "invalid_request", "body: expected a JSON object")
-        known = {"session_id", "to", "extra_key", "cache_salt"}
-        for name, value in body.items():
-            if name not in known:
-                expected = ", ".join(sorted(known))
-                raise ApiError(400, "invalid_request", f"{name[:80]}: expected one of {expected}")
-            if not isinstance(value, str) or not 0 < len(value) <= 1024:
-                message = f"{name}: expected a text of 1 to 1024 characters"
-                raise ApiError(400, "invalid_request", message)
-        for name in ("session_id", "to"):
-            if name not in body:
-                raise ApiError(400, "invalid_request", f"{name}: missing")
-        namespace = Namespace(body.get("extra_key"), body.get("cache_salt"))
-        worker = self.registry.find(body["to"])
-        if worker is None:
-            raise ApiError(404, "worker_not_found", f"to: worker {body['to'][:256]!r} is not known")
-        return session_key(body["session_id"], namespace), worker
 
     def move(self, move_id: str) -> dict[str, Any] | None:
         found = self.book.get(move_id)
@@ -465,22 +499,3 @@ class SessionMover:
         assert len(self._served) <= SERVED_MAX
         live = {move.move_id for move in self.book.moves() if not move.ended}
         assert live == self._open.keys(), (live, list(self._open))
-
-
-def record(move: Move) -> dict[str, Any]:
-    """A move as callers see it, with the session's own id."""
-    document = move.as_json()
-    session = session_parts(move.session_id)
-    document["session_id"] = session.session_id
-    for name, value in session.namespace._asdict().items():
-        if value is not None:
-            document[name] = value
-    return document
-
-
-def durations(move: Move) -> dict[MoveState, float]:
-    """Seconds in each state that the move has left."""
-    spent: dict[MoveState, float] = {}
-    for (state, began), (_, ended) in zip(move.timeline, move.timeline[1:], strict=False):
-        spent[state] = spent.get(state, 0.0) + ended - began
-    return spent

@@ -71,11 +71,14 @@ class OrderSender:
         health: HealthMonitor,
         background: Background,
         deliver: Callable[[Order, Reply], None],
+        target_of: Callable[[Order], str],
     ) -> None:
+        """`target_of`: the level to which a session is brought after its switch."""
         self._registry = registry
         self._health = health
         self._background = background
         self._deliver = deliver
+        self._target_of = target_of
         self._under_way = 0
 
     def send(self, orders: Iterable[Order]) -> None:
@@ -133,6 +136,8 @@ class OrderSender:
             "bytes": order.bytes,
         }
         body |= {n: value for n, value in session.namespace._asdict().items() if value is not None}
+        if order.kind is OrderKind.SWITCH:
+            body["target"] = self._target_of(order)
         if order.kind is OrderKind.COPY:
             body["source"] = peer_of(self._registry, order.source_id)
             if not body["source"]:

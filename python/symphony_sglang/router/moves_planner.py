@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import statistics
-from collections import Counter
 
 from symphony_sglang.clock import Clock
 from symphony_sglang.core.migration_policy import (
     Cluster,
+    HotPrefix,
     MigrationLimits,
     MovableSession,
     Node,
     plan_migrations,
 )
 from symphony_sglang.core.routing_types import WorkerState, WorkerView
+from symphony_sglang.router.moves_copies import PrefixCopies
 from symphony_sglang.router.moves_mover import SessionMover
 from symphony_sglang.router.moves_orders import peer_of
 from symphony_sglang.router.moves_speed import WorkMeter
@@ -34,12 +35,14 @@ class MovePlanner:
         mover: SessionMover,
         placement: Placement,
         meter: WorkMeter,
+        copies: PrefixCopies,
         clock: Clock,
         limits: MigrationLimits = LIMITS,
     ) -> None:
         self._mover = mover
         self._placement = placement
         self._meter = meter
+        self._copies = copies
         self._clock = clock
         self._limits = limits
 
@@ -47,10 +50,14 @@ class MovePlanner:
         self._mover.drains.tick()
         views = [v for v in self._placement.views() if peer_of(self._mover.registry, v.worker_id)]
         draining = any(view.state is WorkerState.DRAINING for view in views)
-        if len(views) < 2 or not (draining or self._uneven(views)):
+        if len(views) < 2:
             return
-        cluster = self._cluster(views)
-        for planned in plan_migrations(cluster, self._limits).moves:
+        prefixes = self._copies.prefixes()
+        if not (draining or prefixes or self._uneven(views)):
+            return
+        plan = plan_migrations(self._cluster(views, prefixes), self._limits)
+        self._copies.carry_out(plan)
+        for planned in plan.moves:
             if self._mover.can_move(planned.source_id, planned.target_id):
                 self._mover.request(planned.session_id, planned.target_id, planned.cause)
 
@@ -76,20 +83,28 @@ class MovePlanner:
         bound = max(middle * limits.imbalance_ratio, middle + limits.imbalance_seconds)
         return max(loads) > bound
 
-    def _cluster(self, views: list[WorkerView]) -> Cluster:
+    def _cluster(self, views: list[WorkerView], prefixes: list[HotPrefix]) -> Cluster:
         mover = self._mover
         loads = self._loads(views)
         nodes = [
-            Node(view.worker_id, loads[view.worker_id], self._room(view), view.state)
+            Node(
+                view.worker_id,
+                loads[view.worker_id],
+                self._room(view),
+                view.state,
+                self._copies.joined(view.worker_id),
+            )
             for view in views
         ]
-        in_flight: Counter[tuple[str, str]] = Counter()
+        in_flight = self._copies.in_flight()
         for move in mover.open_moves():
             in_flight[move.link] += move.bytes
         return Cluster(
             nodes=nodes,
             sessions=self._sessions(views),
+            prefixes=prefixes,
             in_flight=in_flight,
+            copying=self._copies.copying,
             demand=frozenset(v.worker_id for v in views if v.load.requests_waiting),
             moving=frozenset(move.session_id for move in mover.open_moves()),
         )

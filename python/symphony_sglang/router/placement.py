@@ -70,6 +70,7 @@ class Subject:
     namespace: Namespace = NO_NAMESPACE
     rank: int | None = None
     exact: bool = True  # page hashes are those of the workers, not of text
+    token_bytes: bytes = b""
 
     def exclude(self, domain_ids: Iterable[str]) -> None:
         """They have failed it."""
@@ -177,7 +178,8 @@ class Placement:
             target_worker=self._target(request),
             advised=advised,
         )
-        return Subject(route, fields, session_id, namespace, rank_of(request), tokens.exact)
+        rank = rank_of(request)
+        return Subject(route, fields, session_id, namespace, rank, tokens.exact, tokens.token_bytes)
 
     def _model(self, fields: RequestFields) -> str | None:
         """The model asked for, where any worker goes by that name; else all are candidates."""

@@ -34,7 +34,9 @@ from symphony_sglang.router.fleet import Fleet
 from symphony_sglang.router.health import HealthMonitor, HealthSettings
 from symphony_sglang.router.limits import LimitSettings, RequestGate
 from symphony_sglang.router.moves import Mover, NoMover
+from symphony_sglang.router.moves_copies import PrefixCopies
 from symphony_sglang.router.moves_demand import MovingRequests
+from symphony_sglang.router.moves_heads import HotHeads
 from symphony_sglang.router.moves_mover import LIMITS as MOVE_LIMITS
 from symphony_sglang.router.moves_mover import SessionMover
 from symphony_sglang.router.moves_planner import MovePlanner
@@ -141,9 +143,13 @@ class RouterService:
             drain_seconds_max=float(self.settings.drain_timeout_secs),
             limits=limits,
         )
-        meter = WorkMeter()
-        self.planner = MovePlanner(mover, self.placement, meter, self.clock)
-        self.placement.moving = MovingRequests(mover, self.health, meter, self.clock)
+        meter, heads = WorkMeter(), HotHeads()
+        copies = PrefixCopies(
+            self.registry, self.placement, self.health, self.background, heads, self.clock,
+            self.metrics,
+        )  # fmt: skip
+        self.planner = MovePlanner(mover, self.placement, meter, copies, self.clock)
+        self.placement.moving = MovingRequests(mover, self.health, meter, heads, self.clock)
         self.feeds.mover = self.mover = mover
 
     def _make_proxy(self) -> Proxy:

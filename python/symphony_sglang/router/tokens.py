@@ -46,11 +46,13 @@ class Tokens(NamedTuple):
     """A prompt's `length` in tokens, and its `page_hashes` by page size.
 
     Not `exact`: the hashes are of text (``text_pages``), and the length is an estimate.
+    `token_bytes` are the ids as int32, where they are known.
     """
 
     length: int
     page_hashes: Mapping[int, EventHashes]
     exact: bool = True
+    token_bytes: bytes = b""
 
 
 NO_TOKENS = Tokens(0, {})
@@ -140,7 +142,7 @@ class PromptTokens:
                 if size > 0
             }
         self._account((session or "", namespace), conversation, text, prompt.input_ids)
-        return Tokens(len(token_bytes) // TOKEN_BYTES, hashes)
+        return Tokens(len(token_bytes) // TOKEN_BYTES, hashes, token_bytes=token_bytes)
 
     def forget(self, session: str, namespace: Namespace = NO_NAMESPACE) -> None:
         with self._lock:
@@ -165,7 +167,7 @@ class PromptTokens:
                 for size in set(page_sizes)
                 if size > 0
             }
-        return Tokens(len(token_bytes) // TOKEN_BYTES, hashes)
+        return Tokens(len(token_bytes) // TOKEN_BYTES, hashes, token_bytes=token_bytes)
 
     # The cache --------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from symphony_sglang.core.levels import Level, page_floor
@@ -10,7 +11,7 @@ from symphony_sglang.sim.hardware import Speeds
 from symphony_sglang.sim.loop import EventLoop
 from symphony_sglang.sim.placement import Placement
 from symphony_sglang.sim.promotion import Promotions
-from symphony_sglang.sim.users import Turn, User, UserRules
+from symphony_sglang.sim.users import Asker, Turn, User, UserRules
 from symphony_sglang.sim.worker import Features, SimRequest, SimWorker
 
 
@@ -63,7 +64,8 @@ class RunCounts:
 class Cluster:
     """Builds everything from its rules; `run` gives the requests that ended."""
 
-    def __init__(self, rules: RunRules) -> None:
+    def __init__(self, rules: RunRules, users: Sequence[Asker] | None = None) -> None:
+        """`users` instead of those that the rules describe, e.g. recorded ones."""
         self.rules = rules
         self.loop = EventLoop()
         self.counts = RunCounts()
@@ -75,11 +77,15 @@ class Cluster:
         for number in range(rules.workers):
             self._add_worker(f"worker-{number}")
         closed = 0 if rules.users.session_rate else rules.users.users
-        self.users = [User(number, rules.users, rules.seed) for number in range(closed)]
+        self.users: list[Asker] = (
+            [User(number, rules.users, rules.seed) for number in range(closed)]
+            if users is None
+            else list(users)
+        )
         self._draw = random.Random(f"cluster/{rules.seed}")
         self._made = 0
         self._advisories = 0
-        self._user_of: dict[int, User] = {}
+        self._user_of: dict[int, Asker] = {}
         self._prepared: dict[int, SimWorker] = {}  # where a session was last advised
         self._open = 0
 
@@ -119,14 +125,8 @@ class Cluster:
             ramp = rules.reading_seconds + rules.typing_seconds
         if rules.session_rate:
             self._arrive()
-        workers = list(self.workers.values())
         for user in self.users:
-            turn, _ = user.next_turn()
-            if turn.turn:
-                worker = workers[user.number % len(workers)]
-                worker.remember(turn.session, turn.history_tokens)
-                self.placement.remembered(turn.session, turn.history_tokens, worker.name)
-            self._ask_at(user, turn, self._draw.uniform(0.0, ramp))
+            self._start(user, self._draw.uniform(0.0, ramp))
         self.loop.after(1.0, self._sample)
         self.loop.run(self.rules.seconds)
         horizon = self.rules.seconds
@@ -134,6 +134,19 @@ class Cluster:
             horizon += self.rules.seconds / 4
             self.loop.run(horizon)
         return self.requests
+
+    def _start(self, user: Asker, due_seconds: float) -> None:
+        """A user's first turn; one met midway finds what was said before on a worker's levels."""
+        step = user.next_turn()
+        if step is None:
+            return
+        turn = step[0]
+        if turn.turn:
+            workers = list(self.workers.values())
+            worker = workers[user.number % len(workers)]
+            worker.remember(turn.session, turn.history_tokens, turn.turn)
+            self.placement.remembered(turn.session, turn.history_tokens, worker.name)
+        self._ask_at(user, turn, due_seconds if user.start_seconds is None else user.start_seconds)
 
     def _arrive(self) -> None:
         """Open loop: the next conversation begins after a gamma-distributed gap."""
@@ -144,8 +157,7 @@ class Cluster:
         if due < self.rules.seconds:
             user = User(len(self.users), rules, self.rules.seed)
             self.users.append(user)
-            turn, _ = user.next_turn()
-            self._ask_at(user, turn, due)
+            self._start(user, due)
             self.loop.at(due, self._arrive)
 
     def _sample(self) -> None:
@@ -158,17 +170,17 @@ class Cluster:
         if self.loop.now_seconds < self.rules.seconds:
             self.loop.after(1.0, self._sample)
 
-    def _ask_at(self, user: User, turn: Turn, due_seconds: float) -> None:
+    def _ask_at(self, user: Asker, turn: Turn, due_seconds: float) -> None:
         self._user_of[turn.session] = user
         advice = self.rules.advice
-        if advice is not None and turn.turn > 0:
+        if advice is not None and turn.turn > 0 and turn.lead_seconds is not None:
             lead = turn.lead_seconds
             if advice.oracle_lead_seconds is not None:
                 lead = min(advice.oracle_lead_seconds, turn.think_seconds)
             self.loop.at(max(self.loop.now_seconds, due_seconds - lead), self._advise, user, turn)
         self.loop.at(due_seconds, self._send, user, turn, due_seconds)
 
-    def _send(self, user: User, turn: Turn, due_seconds: float) -> None:
+    def _send(self, user: Asker, turn: Turn, due_seconds: float) -> None:
         if due_seconds >= self.rules.seconds:
             return
         self._made += 1
@@ -177,6 +189,7 @@ class Cluster:
             session=turn.session,
             turn=turn.turn,
             prompt_tokens=user.context_tokens,
+            reusable_tokens=turn.history_tokens,
             answer_tokens=turn.answer_tokens,
             due_seconds=due_seconds,
         )
@@ -205,17 +218,23 @@ class Cluster:
         self.placement.turn_ended(request)
         user = self._user_of[request.session]
         user.answered(request.answer_tokens)
-        turn, over = user.next_turn()
+        step = user.next_turn()
+        if step is None:
+            self._forget(request.session)
+            return
+        turn, over = step
         if over is not None:
-            self.placement.forget(over)
-            self._user_of.pop(over, None)
-            if self.rules.users.session_rate:
-                return
+            self._forget(over)
         self._ask_at(user, turn, self.loop.now_seconds + turn.think_seconds)
+
+    def _forget(self, session: int) -> None:
+        self.placement.forget(session)
+        self._user_of.pop(session, None)
+        self._prepared.pop(session, None)
 
     # Advisories ---------------------------------------------------------------------------------
 
-    def _advise(self, user: User, turn: Turn) -> None:
+    def _advise(self, user: Asker, turn: Turn) -> None:
         advice = self.rules.advice
         assert advice is not None
         if self._draw.random() < advice.missing_share:

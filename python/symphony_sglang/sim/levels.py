@@ -2,15 +2,17 @@
 
 A session is one growing prefix, so what a level holds of it is a length from the start, in whole
 pages. Levels are inclusive below the device: NVMe has the longest copy, and dropping a faster one
-costs nothing. Eviction takes the least recently used session's tail, as SGLang's leaf-first
-eviction does; what running requests or protections hold stays.
+costs nothing. Eviction takes the least recently used session's last part, and all of that part, as
+SGLang evicts whole leaves of its tree: what one turn added is one node. What running requests or
+protections hold stays.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from symphony_sglang.core.levels import Level
 
@@ -19,21 +21,37 @@ Changed = Callable[[Level, int, int, int], None]  # level, session, old and new 
 
 @dataclass(slots=True)
 class Holding:
-    """One session on one level; `locked` by running requests, `kept` by protections."""
+    """One session on one level; `locked` by running requests, `kept` by protections.
+
+    `ends` says where its nodes end, ascending; all levels of a worker share it, as they share
+    SGLang's tree.
+    """
 
     tokens: int = 0
     locked: int = 0
     kept: int = 0
+    ends: list[int] = field(default_factory=list)
 
     @property
     def floor(self) -> int:
         return max(self.locked, self.kept)
 
+    def without_leaf(self, tokens: int) -> int:
+        """The length without the last node of the first `tokens`, or with what of it is held."""
+        place = bisect_left(self.ends, tokens)
+        return max(self.ends[place - 1] if place else 0, self.floor)
+
 
 class LevelStore:
     """One level of one worker. `used` counts what sessions hold; a device also runs requests."""
 
-    def __init__(self, level: Level, capacity_tokens: int, changed: Changed) -> None:
+    def __init__(
+        self,
+        level: Level,
+        capacity_tokens: int,
+        changed: Changed,
+        nodes: dict[int, list[int]] | None = None,
+    ) -> None:
         self.level = level
         self.capacity_tokens = capacity_tokens
         self.used_tokens = 0
@@ -41,6 +59,7 @@ class LevelStore:
         self.evicted_tokens = 0
         self._held: OrderedDict[int, Holding] = OrderedDict()
         self._changed = changed
+        self._nodes = {} if nodes is None else nodes
 
     def tokens(self, session: int) -> int:
         holding = self._held.get(session)
@@ -68,7 +87,7 @@ class LevelStore:
 
         `room` is what may be filled in all, where others use the level too.
         """
-        holding = self._held.setdefault(session, Holding())
+        holding = self._hold(session)
         self._held.move_to_end(session)
         wanted = tokens - holding.tokens
         if wanted <= 0:
@@ -76,8 +95,18 @@ class LevelStore:
         free = self.free_tokens if room is None else room - self.used_tokens
         if free < wanted:
             free += self.evict(wanted - free, sparing=session)
-        self._resize(session, holding, holding.tokens + max(0, min(wanted, free)))
+        reached = holding.tokens + max(0, min(wanted, free))
+        if reached > (holding.ends[-1] if holding.ends else 0):
+            holding.ends.append(reached)
+        self._resize(session, holding, reached)
         return holding.tokens
+
+    def _hold(self, session: int) -> Holding:
+        holding = self._held.get(session)
+        if holding is None:
+            holding = Holding(ends=self._nodes.setdefault(session, []))
+            self._held[session] = holding
+        return holding
 
     def shrink(self, session: int, tokens: int) -> None:
         """Drop what the session holds beyond `tokens`, but nothing that is locked or kept."""
@@ -86,19 +115,21 @@ class LevelStore:
             self._resize(session, holding, max(tokens, holding.floor))
 
     def evict(self, tokens: int, *, sparing: int | None = None) -> int:
-        """Free up to `tokens` from least recently used sessions; gives how many."""
+        """Free at least `tokens` from least recently used sessions, if they can; gives how many."""
         freed = 0
         victims: list[tuple[int, Holding, int]] = []
         for session, holding in self._held.items():
             if freed >= tokens:
                 break
-            spare = holding.tokens - holding.floor
-            if session != sparing and spare > 0:
-                take = min(spare, tokens - freed)
-                victims.append((session, holding, take))
-                freed += take
-        for session, holding, take in victims:
-            self._resize(session, holding, holding.tokens - take)
+            left = holding.tokens
+            if session == sparing or left <= holding.floor:
+                continue
+            while left > holding.floor and freed + holding.tokens - left < tokens:
+                left = holding.without_leaf(left)
+            victims.append((session, holding, left))
+            freed += holding.tokens - left
+        for session, holding, left in victims:
+            self._resize(session, holding, left)
         self.evicted_tokens += freed
         return freed
 
@@ -111,7 +142,7 @@ class LevelStore:
         self._set_floor(session, kept=tokens)
 
     def _set_floor(self, session: int, locked: int | None = None, kept: int | None = None) -> None:
-        holding = self._held.setdefault(session, Holding())
+        holding = self._hold(session)
         before = holding.floor
         if locked is not None:
             holding.locked = min(locked, holding.tokens)

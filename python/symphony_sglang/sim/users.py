@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import dataclass
+from typing import Protocol
 
 QUESTION_SIGMA, ANSWER_SIGMA, TYPING_SIGMA = 1.0, 0.8, 0.6
 
@@ -64,12 +65,26 @@ class Turn:
     history_tokens: int
     answer_tokens: int
     think_seconds: float
-    lead_seconds: float
+    lead_seconds: float | None  # None: nothing can be advised
 
 
 def log_normal(draw: random.Random, mean: float, sigma: float) -> float:
     """A draw whose expectation is `mean`."""
     return draw.lognormvariate(math.log(mean) - sigma * sigma / 2, sigma) if mean > 0 else 0.0
+
+
+class Asker(Protocol):
+    """Whoever has conversations: what a cluster asks of a user."""
+
+    number: int
+    session: int
+    context_tokens: int
+    history_tokens: int
+    start_seconds: float | None
+
+    def next_turn(self) -> tuple[Turn, int | None] | None: ...
+
+    def answered(self, answer_tokens: int) -> None: ...
 
 
 class User:
@@ -78,6 +93,8 @@ class User:
     def __init__(self, number: int, rules: UserRules, seed: int) -> None:
         self.number = number
         self.rules = rules
+        self.start_seconds: float | None = None  # drawn by the cluster
+        self.session = 0
         self._draw = random.Random(f"user/{seed}/{number}")
         self._conversation = -1
         self._left = 0
@@ -88,12 +105,11 @@ class User:
         if rules.skew:
             self._weight = self._draw.paretovariate(rules.skew)
 
-    @property
-    def session(self) -> int:
-        return self.number * 100_000 + self._conversation
+    def next_turn(self) -> tuple[Turn, int | None] | None:
+        """The next turn, and the session that ended with the one before, if it did.
 
-    def next_turn(self) -> tuple[Turn, int | None]:
-        """The next turn, and the session that ended with the one before, if it did."""
+        None where the user is gone: an open loop's after one conversation.
+        """
         rules, draw = self.rules, self._draw
         ended = None
         question = max(4, int(log_normal(draw, rules.question_tokens, QUESTION_SIGMA)))
@@ -101,7 +117,10 @@ class User:
         answer = min(answer, rules.answer_tokens_max)
         if not self._left or self.context_tokens + question + answer > rules.context_tokens_max:
             ended = self.session if self._conversation >= 0 else None
+            if ended is not None and rules.session_rate:
+                return None
             self._conversation += 1
+            self.session = self.number * 100_000 + self._conversation
             self._left = max(1, round(log_normal(draw, rules.turns, 0.5)))
             self._turn = 0
             history = log_normal(draw, rules.history_tokens * self._weight, 0.6)

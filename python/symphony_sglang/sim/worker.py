@@ -53,6 +53,7 @@ class SimRequest:
     prompt_tokens: int
     answer_tokens: int
     due_seconds: float
+    reusable_tokens: int = 1 << 40  # of the prompt, that were there before it
     worker: str = ""
     sent_seconds: float = 0.0
     admitted_seconds: float = 0.0
@@ -75,6 +76,10 @@ class SimRequest:
     def tpot_seconds(self) -> float:
         """Mean time of a token after the first."""
         return (self.ended_seconds - self.first_token_seconds) / max(1, self.answer_tokens - 1)
+
+    def usable_tokens(self, page_size: int) -> int:
+        """What caches could have of its prompt: whole pages, and one token at least is computed."""
+        return page_floor(min(self.prompt_tokens - 1, self.reusable_tokens), page_size)
 
     @property
     def context_tokens(self) -> int:
@@ -124,9 +129,11 @@ class SimWorker:
         self.page_size = page_size
         self.stats = WorkerStats()
         self.gate = speeds.gate()
-        self.device = LevelStore(Level.DEVICE, speeds.device_tokens, changed)
-        self.host = LevelStore(Level.HOST, speeds.host_tokens if features.host else 0, changed)
-        self.nvme = LevelStore(Level.NVME, speeds.nvme_tokens if features.nvme else 0, changed)
+        self._nodes: dict[int, list[int]] = {}
+        host, nvme = speeds.host_tokens * features.host, speeds.nvme_tokens * features.nvme
+        self.device = LevelStore(Level.DEVICE, speeds.device_tokens, changed, self._nodes)
+        self.host = LevelStore(Level.HOST, host, changed, self._nodes)
+        self.nvme = LevelStore(Level.NVME, nvme, changed, self._nodes)
         self.link = Channel(loop, speeds.link_bytes_per_second, speeds.link_latency_seconds)
         self.disk = Channel(loop, speeds.nvme_read_bytes_per_second, speeds.disk_latency_seconds)
         self.disk_write = Channel(loop, speeds.nvme_write_bytes_per_second, 0.0)
@@ -150,7 +157,7 @@ class SimWorker:
         request.worker = self.name
         request.sent_seconds = self.loop.now_seconds
         self.stats.requests += 1
-        usable = page_floor(request.prompt_tokens - 1, self.page_size)
+        usable = request.usable_tokens(self.page_size)
         self._touch(request.session)
         device = min(self.device.tokens(request.session), usable)
         host = min(self.host.tokens(request.session), usable)
@@ -167,9 +174,11 @@ class SimWorker:
             self.waiting.append(request)
         self._interrupt()
 
-    def remember(self, session: int, tokens: int) -> None:
-        """It served this session before the simulation began."""
+    def remember(self, session: int, tokens: int, turns: int) -> None:
+        """It served so many turns of this session before the simulation began."""
         if self.features.prefix_cache:
+            ends = {page_floor(tokens * turn // turns, self.page_size) for turn in range(1, turns)}
+            self._nodes[session] = sorted(ends)
             for level in (self.device, self.host, self.nvme):
                 level.grow(session, page_floor(tokens, self.page_size))
 
@@ -242,12 +251,12 @@ class SimWorker:
         return self.promotions.give_way(tokens) >= tokens
 
     def _cached(self, request: SimRequest) -> int:
-        usable = page_floor(request.prompt_tokens - 1, self.page_size)
+        usable = request.usable_tokens(self.page_size)
         return min(self.device.tokens(request.session), usable)
 
     def _start(self, request: SimRequest, device: int) -> None:
         """Lock its cached head, take memory for the rest."""
-        usable = page_floor(request.prompt_tokens - 1, self.page_size)
+        usable = request.usable_tokens(self.page_size)
         host = min(self.host.tokens(request.session), usable)
         on_host = max(0, host - device)
         if on_host and not self._worth(Level.HOST, on_host):

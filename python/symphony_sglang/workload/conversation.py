@@ -218,8 +218,18 @@ async def warm_up(client: GenerateClient, rules: ConversationRules, run_id: str)
 
 
 async def ask(
-    client: GenerateClient, prompt: list[int], answer_tokens: int, *, session_id: str, salt: str
+    client: GenerateClient,
+    prompt: list[int],
+    answer_tokens: int,
+    *,
+    session_id: str,
+    salt: str | None,
 ) -> Generation:
+    """One greedy turn, streamed.
+
+    Raises:
+        ServerUnavailableError: it failed.
+    """
     body = msgspec.json.encode(
         {
             "input_ids": prompt,

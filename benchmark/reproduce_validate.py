@@ -1,0 +1,303 @@
+"""``python -m benchmark.reproduce_validate DIRECTORY``: the simulator against a real scenario run.
+
+Drives the simulator with what the runs' raw samples say was asked (when, how long, after which
+pause, advised how long before), on workers with the speeds that the same workers measured of
+themselves, and compares what came out. Writes ``validation.json`` beside the samples.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from benchmark.reproduce_recorded import RecordedTurn, RecordedUser
+from benchmark.runner import End, read_run
+from benchmark.scenario import Arm, Scenario
+from benchmark.statistics import run_figures
+from symphony_sglang.core.gate import Rate
+from symphony_sglang.core.routing_policies import POLICIES
+from symphony_sglang.sim.cluster import AdviceMix, Cluster, RunRules
+from symphony_sglang.sim.hardware import Speeds
+from symphony_sglang.sim.users import UserRules
+from symphony_sglang.sim.worker import Features
+from symphony_sglang.workload.replay_driver import RequestRecord
+
+GOAL = 0.15  # of TTFT and rate; shares of the prompts may differ by this much in all
+PAGE_SIZE = 16
+# What one request more in the batch adds to a decode step on these small models, of the step.
+BATCH_GROWTH = 0.05
+# Windows and requests that `prefill_rate` looks at.
+WINDOW_TOKENS_MIN = 1024
+SHORT_TOKENS_MAX = 64
+FEATURES = {
+    "recompute": Features(prefix_cache=False, host=False, nvme=False),
+    "device": Features(host=False, nvme=False),
+    "hicache": Features(),
+    "symphony": Features(gate=True, protect_queued=True),
+}
+
+
+def users_of(records: Sequence[RequestRecord]) -> list[RecordedUser]:
+    """Each session's turns in order, with the pause that preceded each."""
+    sessions: dict[str, list[RequestRecord]] = defaultdict(list)
+    for record in records:
+        if record.error is None:
+            sessions[record.session_id].append(record)
+    users = []
+    for number, name in enumerate(sorted(sessions)):
+        turns, ended = [], 0.0
+        for record in sorted(sessions[name], key=lambda item: item.turn):
+            pause = max(0.0, record.due_seconds - ended)
+            turns.append(
+                RecordedTurn(record.prompt_tokens, record.output_tokens, pause, record.lead_seconds)
+            )
+            ended = record.sent_seconds + record.latency_seconds
+        users.append(RecordedUser(number, turns))
+    return users
+
+
+def rate_of(counters: Sequence[dict[str, Any]], name: str) -> Rate | None:
+    """A speed as the workers measured it, their mean; None where none did."""
+    found = []
+    for body in counters:
+        rates = body.get("rates") or {}
+        speed = rates.get(f"{name}_tokens_per_second")
+        if speed:
+            found.append((float(speed), float(rates.get(f"{name}_latency_seconds") or 0.0)))
+    if not found:
+        return None
+    speed, latency = np.mean(np.array(found), axis=0)
+    return Rate(float(speed), float(latency))
+
+
+def prefill_rate(records: Sequence[RequestRecord]) -> Rate:
+    """From the samples, where workers have measured nothing.
+
+    Per token: what all requests computed while one waited for its first token, over that wait, in
+    the busier quarter of such windows. Per request: the fastest tenth of those with little to
+    compute.
+    """
+    done = [
+        (r.sent_seconds, r.sent_seconds + r.ttft_seconds, r.prompt_tokens - r.cached.total())
+        for r in records
+        if r.error is None and r.ttft_seconds
+    ]
+    _, ends, computed = np.array(done).T
+    speeds, short = [], []
+    for start, end, tokens in done:
+        work = float(computed[(ends > start) & (ends <= end)].sum())
+        if work >= WINDOW_TOKENS_MIN:
+            speeds.append(work / (end - start))
+        if tokens <= SHORT_TOKENS_MAX:
+            short.append(end - start)
+    if not speeds:
+        raise ValueError("too little was computed to tell the speed of prefill")
+    latency = float(np.quantile(short, 0.1)) if short else 0.0
+    return Rate(float(np.quantile(speeds, 0.75)), latency)
+
+
+def speeds_of_runs(
+    scenario: Scenario,
+    records: Sequence[RequestRecord],
+    counters: Sequence[dict[str, Any]],
+    token_bytes: int,
+) -> tuple[Speeds, dict[str, str]]:
+    """The workers' profile, and where each of its figures is from."""
+    shape = scenario.model
+    origin = {}
+    rates = {}
+    defaults = {
+        "prefill": prefill_rate(records),
+        "host_to_device": Rate(4e9 / token_bytes, 0.001),
+        "nvme_to_host": Rate(0.5e9 / token_bytes, 0.002),
+    }
+    for name, default in defaults.items():
+        measured = rate_of(counters, name)
+        origin[name] = "worker" if measured else "samples" if name == "prefill" else "assumed"
+        rates[name] = measured or default
+    steps = [record.tpot_seconds for record in records if record.tpot_seconds]
+    step = float(np.quantile(steps, 0.1)) if steps else 0.01
+    origin["decode"] = "samples, their fastest tenth"
+    prefill, load, read = rates["prefill"], rates["host_to_device"], rates["nvme_to_host"]
+    speeds = Speeds(
+        layers=shape.layers,
+        token_bytes=token_bytes,
+        step_seconds=prefill.latency_seconds,
+        prefill_token_seconds=1 / prefill.tokens_per_second,
+        prefill_pair_seconds=0.0,
+        decode_base_seconds=step,
+        decode_request_seconds=BATCH_GROWTH * step,
+        decode_context_seconds=0.0,
+        device_tokens=scenario.worker.device_tokens,
+        host_tokens=int(scenario.worker.host_gb * 1e9 / token_bytes),
+        nvme_tokens=int(scenario.worker.nvme_gb * 1e9 / token_bytes),
+        link_bytes_per_second=load.tokens_per_second * token_bytes,
+        nvme_read_bytes_per_second=read.tokens_per_second * token_bytes,
+        nvme_write_bytes_per_second=read.tokens_per_second * token_bytes,
+        network_bytes_per_second=1e9,
+        link_latency_seconds=load.latency_seconds,
+        disk_latency_seconds=read.latency_seconds,
+    )
+    return speeds, origin
+
+
+def token_bytes_of(scenario: Scenario, ends: Sequence[End]) -> int:
+    """As any worker of ours says; else of a model without grouped heads."""
+    for end in ends:
+        for body in end.counters:
+            found = body.get("levels", {}).get("device", {}).get("token_bytes")
+            if found:
+                return int(found)
+    return 4 * scenario.model.layers * scenario.model.hidden
+
+
+def simulate(
+    scenario: Scenario, arm: Arm, records: Sequence[RequestRecord], speeds: Speeds
+) -> dict[str, float]:
+    """The figures of one run, simulated."""
+    users = users_of(records)
+    name = arm.router.partition(":")[2] or "session_sticky"
+    if name not in POLICIES:
+        raise ValueError(f"arm {arm.name!r}: the simulator has no policy {name!r}")
+    advice = None
+    if arm.advice is not None:
+        advice = AdviceMix(expires_seconds=arm.advice.expires_seconds)
+    last = max(record.sent_seconds + record.latency_seconds for record in records)
+    cluster = Cluster(
+        RunRules(
+            name=arm.name,
+            workers=arm.workers,
+            speeds=speeds,
+            features=FEATURES[arm.server],
+            users=UserRules(users=len(users)),
+            policy=name,
+            seconds=20 * last,
+            advice=advice,
+            migrate=arm.router.startswith("symphony:"),
+            page_size=PAGE_SIZE,
+        ),
+        users,
+    )
+    requests = cluster.run()
+    cluster.check()
+    counted = [item for item in requests if item.turn or not scenario.returning_only]
+    prompt = sum(item.prompt_tokens for item in requests)
+    span = max(item.ended_seconds for item in requests) - min(r.sent_seconds for r in requests)
+    return {
+        "ttft_seconds": float(np.mean([item.ttft_seconds for item in counted])),
+        "requests_per_second": len(requests) / span,
+        "device": sum(item.device_tokens for item in requests) / prompt,
+        "host": sum(item.host_tokens for item in requests) / prompt,
+        "nvme": sum(item.nvme_tokens for item in requests) / prompt,
+    }
+
+
+def measured(scenario: Scenario, records: Sequence[RequestRecord], end: End) -> dict[str, float]:
+    """The same figures of the run itself."""
+    figures = run_figures(
+        records,
+        end,
+        returning_only=scenario.returning_only,
+        slo_ttft_seconds=scenario.slo_ttft_seconds,
+    )
+    return {
+        "ttft_seconds": figures["ttft_seconds"]["mean"],
+        "requests_per_second": len(records) / end.seconds,
+        "device": figures["hit_share"]["device"],
+        "host": figures["hit_share"]["host"],
+        "nvme": figures["hit_share"]["storage"],
+    }
+
+
+def is_within(name: str, real: float, simulated: float) -> bool:
+    """Times and rates by ratio, shares by difference."""
+    if name in ("device", "host", "nvme"):
+        return abs(simulated - real) <= GOAL
+    return abs(simulated / real - 1) <= GOAL
+
+
+def validate(directory: Path) -> dict[str, Any]:
+    """Every complete run of a scenario's directory beside its simulation.
+
+    Raises:
+        ValueError: there is no complete run.
+    """
+    scenario = msgspec.json.decode((directory / "scenario.json").read_bytes(), type=Scenario)
+    arms = {arm.name: arm for arm in scenario.arm}
+    runs = [read_run(path) for path in sorted(directory.glob("*.jsonl"))]
+    if not runs:
+        raise ValueError(f"{directory}: no complete run")
+    token_bytes = token_bytes_of(scenario, [end for _, _, end in runs])
+    results: dict[str, Any] = {}
+    for name in arms:
+        mine = [(records, end) for header, records, end in runs if header.arm == name]
+        if not mine:
+            continue
+        real, simulated = [], []
+        origin: dict[str, str] = {}
+        for records, end in mine:
+            speeds, origin = speeds_of_runs(scenario, records, end.counters, token_bytes)
+            real.append(measured(scenario, records, end))
+            simulated.append(simulate(scenario, arms[name], records, speeds))
+        results[name] = {
+            "speeds_from": origin,
+            "figures": {
+                key: compared(key, [r[key] for r in real], [s[key] for s in simulated])
+                for key in real[0]
+            },
+        }
+    return {"version": 1, "scenario": scenario.name, "goal": GOAL, "arms": results}
+
+
+def compared(name: str, real: Sequence[float], simulated: Sequence[float]) -> dict[str, Any]:
+    """Medians over the repetitions; the real ones' spread says what agreement can mean."""
+    middle, ours = float(np.median(real)), float(np.median(simulated))
+    return {
+        "real": middle,
+        "real_low": min(real),
+        "real_high": max(real),
+        "simulated": ours,
+        "within": is_within(name, middle, ours),
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """Markdown."""
+    lines = [
+        "| arm | figure | real (low to high) | simulated | within 15 % |",
+        "|---|---|---|---|---|",
+    ]
+    for arm, item in result["arms"].items():
+        for name, row in item["figures"].items():
+            spread = f"{row['real']:.3f} ({row['real_low']:.3f} to {row['real_high']:.3f})"
+            word = "yes" if row["within"] else "no"
+            lines.append(f"| {arm} | {name} | {spread} | {row['simulated']:.3f} | {word} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Exit code 2 where the directory holds no runs."""
+    parser = argparse.ArgumentParser(prog="python -m benchmark.reproduce_validate",
+                                     description=__doc__)  # fmt: skip
+    parser.add_argument("directory", type=Path)
+    directory = parser.parse_args().directory
+    try:
+        result = validate(directory)
+        (directory / "validation.json").write_text(json.dumps(result, indent=1) + "\n")
+    except (ValueError, OSError) as error:
+        print(f"reproduce_validate: {error}", file=sys.stderr)
+        return 2
+    print(table(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
