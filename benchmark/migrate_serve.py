@@ -41,6 +41,8 @@ from symphony_sglang.workload.worker_process import WorkerProcess, free_port
 VOCAB = 8000
 LAYERS, HIDDEN = 4, 256
 POLL_SECONDS = 0.003
+# Beside requests that decode the questions themselves should cost nothing to speak of.
+GENTLE_POLL_SECONDS = 0.1
 WAIT_SECONDS_MAX = 60.0
 RATIO_GOAL, SLOWDOWN_GOAL = 3.0, 1.03
 WARM_UP_ROUNDS = 1
@@ -62,7 +64,7 @@ class Pair:
         await ask(self.pinned[home], prompt, 1, session_id=name, salt=None)
         return prompt
 
-    async def until_ready(self, advisory_id: str) -> dict[str, Any]:
+    async def until_ready(self, advisory_id: str, poll: float = POLL_SECONDS) -> dict[str, Any]:
         """The receipt of an advisory that got its pages to the device.
 
         Raises:
@@ -76,7 +78,7 @@ class Pair:
                 return dict(receipt)
             if receipt.get("state") in ("failed", "expired", "cancelled"):
                 break
-            await asyncio.sleep(POLL_SECONDS)
+            await asyncio.sleep(poll)
         raise RuntimeError(f"advisory {advisory_id} is not ready: {receipt}")
 
     async def promote(self, name: str) -> float:
@@ -89,7 +91,9 @@ class Pair:
         await self.until_ready(receipt["advisory_id"])
         return clock.monotonic() - began
 
-    async def move(self, name: str, to: int) -> tuple[float, dict[str, Any]]:
+    async def move(
+        self, name: str, to: int, poll: float = POLL_SECONDS
+    ) -> tuple[float, dict[str, Any]]:
         """Seconds from the call to the session on its new worker's device, and the record."""
         began = clock.monotonic()
         body = {"session_id": name, "to": self.ids[to]}
@@ -101,10 +105,14 @@ class Pair:
                 raise RuntimeError(f"the move is refused: {status} {record}")
             await asyncio.sleep(POLL_SECONDS)
             began = clock.monotonic()
-        await self.until_ready(f"adv-{record['move_id']}")
+        await self.until_ready(f"adv-{record['move_id']}", poll)
         seconds = clock.monotonic() - began
         _status, record = await self.front.ask("GET", f"/symphony/moves/{record['move_id']}")
         return seconds, dict(record)
+
+    async def end(self, name: str) -> None:
+        """Its protected pages would keep the next sessions from the device."""
+        await self.front.ask("DELETE", f"/symphony/sessions/{name}")
 
 
 async def transfer_round(pair: Pair, tokens: int, home: int) -> dict[str, Any]:
@@ -115,6 +123,7 @@ async def transfer_round(pair: Pair, tokens: int, home: int) -> dict[str, Any]:
     promote_seconds = await pair.promote(name)
     await flush(pair.front)
     move_seconds, record = await pair.move(name, 1 - home)
+    await pair.end(name)
     return {
         "promote_seconds": promote_seconds,
         "move_seconds": move_seconds,
@@ -136,8 +145,9 @@ async def decode_window(
         for session in moving:
             if running.done():
                 break
-            await pair.move(session, 1)
+            await pair.move(session, 1, GENTLE_POLL_SECONDS)
             moves += not running.done()
+            await pair.end(session)
     result = running.result()
     assert result.tpot_seconds is not None
     return {"tpot_seconds": result.tpot_seconds, "moves": moves}

@@ -154,7 +154,7 @@ def plot_imbalance(points: Points, path: Path) -> Path:
                       label="reported" if arm == "sticky" else None)  # fmt: skip
     axes.axhline(1.0, color="#666666", lw=0.8, ls=":")
     axes.set_xticks(range(3), [NAMES[arm] for arm in arms], fontsize=8)
-    axes.set_ylabel("busiest / median worker, requests, mean over time")
+    axes.set_ylabel("requests, busiest / median worker")
     axes.set_ylim(0, 3.5)
     axes.legend()
     axes.set_title("Load imbalance, skewed users, 8 workers (simulated)", fontsize=10)

@@ -297,19 +297,21 @@ def test_a_disk_that_became_slow_is_left_alone_and_output_is_the_same(
         time.sleep(SEND_SECONDS)
     assert decisions(server, "nvme")["recompute"] == before["recompute"] + 1, "no read, no wait"
     server.flush()
-    receipt = receipt_in(server, advise(server, session_id="slow5")["advisory_id"], "failed")
+    # With seconds to spare it would be read all the same: what is there in time costs nothing.
+    soon = advise(server, session_id="slow5", expected_in_s=0.2)
+    receipt = receipt_in(server, soon["advisory_id"], "failed")
     assert (receipt["status"], receipt["reason"]) == ("rejected", "nvme_slower_than_recompute")
 
 
 def test_a_host_level_that_became_slow_is_left_alone_and_output_is_the_same(
     server: Server, break_it: Callable[..., None]
 ) -> None:
-    sessions = [prompt(150 + number) for number in range(12)]
+    sessions = [prompt(150 + number) for number in range(9)]
     for ids in sessions:
         server.greedy_one(ids, 1)
     overflow(server, 150)
     turns = [[*ids, 301, 302] for ids in sessions]
-    break_it(load_seconds=0.6)
+    break_it(load_seconds=3.0)
     answers = []
     for turn in turns:
         answers.append(server.greedy_one(turn))
@@ -368,6 +370,9 @@ def test_a_thousand_hints_over_two_ranks_of_which_one_stumbles(
                     at = turn_number % 8
                     answer = server.greedy_one(turns[at], session_id=sessions[at])
                     assert answer["output_ids"] == expected[at]
+                    if at == 7:
+                        # Requests go first: without a pause nothing would ever move for a hint.
+                        time.sleep(1.5)
                     # Room is made again and again, so that there is something to promote.
                     server.greedy_one(prompt(900 + turn_number, 3000), 1)
             finally:

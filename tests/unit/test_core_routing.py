@@ -161,6 +161,15 @@ def test_a_session_stays_for_a_small_difference_and_leaves_for_a_large_one() -> 
             assert decision.reason in (reason, Reason.TIE_SESSION)
 
 
+def test_a_moved_session_stays_though_the_worker_it_left_has_a_page_more() -> None:
+    for more, expected in ((2, "w1"), (20, "w0")):
+        world, hashes = World(), chain(100)
+        world.index.stored("w0", Level.DEVICE, hashes.tolist())
+        world.index.stored("w1", Level.DEVICE, hashes[: 100 - more].tolist())
+        world.index.session_turn("w1", "s", 1600, None, 1, 1 << 16)
+        assert world.choose(request(hashes, session="s")).worker_id == expected
+
+
 def test_without_page_hashes_the_session_is_what_counts() -> None:
     world = World()
     asked = RouteRequest("r", 1000, session_id="s")

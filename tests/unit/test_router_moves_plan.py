@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 
@@ -242,6 +243,38 @@ def test_advised_session_stays_where_it_is_well_off() -> None:
             source = made.by_name("w0")
             assert source.served("/symphony/advise") == 1
             assert made.mover.recent() == []
+
+    run(scenario)
+
+
+def test_shared_prefix_is_copied_and_keeps_its_owner() -> None:
+    async def scenario() -> None:
+        async with moves_world() as made:
+            await made.owned("w0", "s")
+            hold_pages(made, "w0")
+            target = made.by_name("w1")
+
+            async def asked(payload: dict[str, Any]) -> dict[str, Any]:
+                action = {"action_id": "a", "action_type": "share", "payload": payload}
+                body = {"protocol_version": "0.1", "message_id": "m", "actions": [action]}
+                status, answer, _headers = await made.call("POST", "/symphony/advise", body)
+                assert status == 202, answer
+                return dict(answer["receipts"][0])
+
+            there = {"to": target.worker_id}
+            receipt = await asked({"session_id": "s", **there})
+            assert (receipt["worker"], receipt["state"]) == (target.worker_id, "staging")
+            assert target.pulls["POST"] == 1
+            await asked({"input_ids": IDS, **there})
+            assert target.pulls["POST"] == 2
+            for payload, reason in [
+                ({"session_id": "s", "to": "nowhere"}, "unknown_worker"),
+                ({"session_id": "nobody's", **there}, "unknown_prefix"),
+                ({"session_id": "s", "to": made.by_name("w0").worker_id}, "already_there"),
+            ]:
+                assert (await asked(payload))["reason"] == reason
+            made.check_quiet()
+            assert made.owners("s") == ["w0"]
 
     run(scenario)
 

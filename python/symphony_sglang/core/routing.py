@@ -318,7 +318,7 @@ class SymphonyPolicy:
             if estimate.seconds <= tie:
                 return estimate, Reason.TIE_SESSION
             # Where a peer has more of it, there is nothing to stay for.
-            if estimate.seconds <= stay and held(estimate) >= most > 0:
+            if estimate.seconds <= stay and held(estimate) + settings.stay_tokens >= most > 0:
                 return estimate, Reason.SESSION
         tied = [e for e in estimates if e.seconds <= tie]
         if len(tied) == 1:

@@ -321,7 +321,9 @@ class PolicySettings:
             same as the workers' own gate.
         stay_share: A session stays where it is, if that is no dearer than the cheapest by more
             than this share of it
-        stay_seconds: plus this: moving for less would not pay, and back and forth never does.
+        stay_seconds: plus this: moving for less would not pay, and back and forth never does,
+        stay_tokens: and if nobody holds more of it than by these: a worker that a session has left
+            keeps the last, unfilled page, which does not move.
         displace_weight: What a second of somebody else's recompute counts, times the chance that
             evicted KV is asked for again.
         contend_weight: What a second of slower decoding counts of one before the first token. Low,
@@ -350,6 +352,7 @@ class PolicySettings:
     load_margin: float = 1.0
     stay_share: float = 0.25
     stay_seconds: float = 0.05
+    stay_tokens: int = 64
     displace_weight: float = 0.3
     contend_weight: float = 0.1
     blind_share: float = 0.75

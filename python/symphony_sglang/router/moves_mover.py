@@ -279,7 +279,7 @@ class SessionMover:
                 self._take(worker_id, change, live=True)
 
     def worker_lost(self, worker_id: str) -> None:
-        """A worker is silent: what it claims is void until it speaks again."""
+        """A worker is silent: its claims are void until it speaks again."""
         self._backlogs.pop(worker_id, None)
         for key in self.book.known_by(worker_id)[-SLICE_SESSIONS:]:
             self._note(OwnershipEvent.GONE, key, worker_id, 0)
@@ -288,12 +288,11 @@ class SessionMover:
     def worker_told(self, worker_id: str, *, draining: bool) -> None:
         """A worker says that it is about to end, or that it is not."""
         found = self.registry.domain(worker_id)
-        if found is None or found[0].leaving == draining:
-            return
-        if draining:
-            self.drains.begin(found[0], leaving=True)
-        else:
-            self.drains.came_back(found[0])
+        if found is not None and found[0].leaving != draining:
+            if draining:
+                self.drains.begin(found[0], leaving=True)
+            else:
+                self.drains.came_back(found[0])
 
     def _on_removed(self, worker: Worker) -> None:
         for domain_id in worker.domain_ids:
@@ -462,8 +461,8 @@ class SessionMover:
 
     def changed(self, after: int) -> tuple[list[dict[str, Any]], int]:
         moves = dict.fromkeys(move_id for number, move_id in self._changes if number > after)
-        records = [self.move(move_id) for move_id in moves]
-        return [one for one in records if one is not None], self._change_number
+        found = [self.move(move_id) for move_id in moves]
+        return [one for one in found if one is not None], self._change_number
 
     def advise(self, session_key: str, choice: AdvisoryChoice) -> dict[str, Any] | None:
         owner = self.book.owner(session_key)

@@ -25,6 +25,7 @@ from symphony_sglang.router.health import HealthMonitor
 from symphony_sglang.router.http import Request
 from symphony_sglang.router.moves import Mover
 from symphony_sglang.router.moves_receipts import move_id_of, move_receipt
+from symphony_sglang.router.moves_share import holder, share
 from symphony_sglang.router.placement import Placement
 from symphony_sglang.router.registry import Worker, WorkerRegistry
 from symphony_sglang.router.sessions import session_key
@@ -130,6 +131,8 @@ class SymphonyDesk:
         if selector is None:
             return self._errand_to(position, raw, hint, None)
         route = await self._route_of(selector)
+        if isinstance(action, hints.Share):
+            return await self._share(position, raw, hint, action, route)
         if not isinstance(action, hints.Prefetch | hints.Retain):
             place = self._placement.index.session(route.session_id or "")
             if place is not None:
@@ -145,6 +148,16 @@ class SymphonyDesk:
         if isinstance(action, hints.Prefetch):
             errand = self._move_or_stay(errand, choice)
             self._placement.policy.advised(route, errand.choice or choice, self._clock.monotonic())
+        return errand
+
+    async def _share(
+        self, position: int, raw: Any, hint: hints.Hint, action: hints.Share, route: RouteRequest
+    ) -> Errand:
+        """A copy to the worker that the hint names, from whoever has most of it."""
+        source = holder(self._placement.index, route)
+        receipt = await share(self._registry, self._health, action, source, hint.action_id)
+        errand = self._errand_to(position, raw, hint, receipt["worker"])
+        errand.receipt, errand.domain_id = receipt, receipt["worker"] or ""
         return errand
 
     def _move_or_stay(self, errand: Errand, choice: AdvisoryChoice) -> Errand:
