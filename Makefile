@@ -37,8 +37,11 @@ soak: $(STAMP)
 demo: $(STAMP)
 	$(BIN)/symphony demo
 
+# The short set, without traces: levels, one user's advisories, generated chats under pressure.
 bench: $(STAMP)
-	$(BIN)/python -m benchmark.serve
+	$(BIN)/python -m benchmark.serve --rounds 5
+	$(BIN)/python -m benchmark.advise --rounds 5
+	$(BIN)/python -m benchmark run conversations
 
 clean:
 	rm -rf $(VENV) build dist .demo
