@@ -54,8 +54,14 @@ clock = SystemClock()
 class Pair:
     """Clients of two workers, by their places at the router, and of the router itself."""
 
-    def __init__(self, front: GenerateClient, pinned: list[GenerateClient], ids: list[str]) -> None:
-        self.front, self.pinned, self.ids = front, pinned, ids
+    def __init__(
+        self,
+        front: GenerateClient,
+        pinned: list[GenerateClient],
+        direct: list[GenerateClient],
+        ids: list[str],
+    ) -> None:
+        self.front, self.pinned, self.direct, self.ids = front, pinned, direct, ids
 
     async def seat(self, name: str, tokens: int, home: int) -> list[int]:
         """A session after a turn of one token; its prompt."""
@@ -64,7 +70,9 @@ class Pair:
         await ask(self.pinned[home], prompt, 1, session_id=name, salt=None)
         return prompt
 
-    async def until_ready(self, advisory_id: str, poll: float = POLL_SECONDS) -> dict[str, Any]:
+    async def until_ready(
+        self, client: GenerateClient, advisory_id: str, poll: float = POLL_SECONDS
+    ) -> dict[str, Any]:
         """The receipt of an advisory that got its pages to the device.
 
         Raises:
@@ -73,7 +81,7 @@ class Pair:
         receipt: dict[str, Any] = {}
         began = clock.monotonic()
         while clock.monotonic() - began < WAIT_SECONDS_MAX:
-            _status, receipt = await self.front.ask("GET", f"/symphony/advisories/{advisory_id}")
+            _status, receipt = await client.ask("GET", f"/symphony/advisories/{advisory_id}")
             if receipt.get("state") in ("ready", "used"):
                 return dict(receipt)
             if receipt.get("state") in ("failed", "expired", "cancelled"):
@@ -81,14 +89,13 @@ class Pair:
             await asyncio.sleep(poll)
         raise RuntimeError(f"advisory {advisory_id} is not ready: {receipt}")
 
-    async def promote(self, name: str) -> float:
-        """Seconds from the hint to the session on its worker's device."""
+    async def promote(self, name: str, home: int) -> float:
+        """Seconds from the hint, given to its worker itself, to the session on the device."""
+        worker = self.direct[home]
         began = clock.monotonic()
-        _status, answer = await self.front.ask("POST", "/symphony/advise", {"session_id": name})
+        _status, answer = await worker.ask("POST", "/symphony/advise", {"session_id": name})
         [receipt] = answer["receipts"]
-        if receipt.get("reason") == "moving":
-            raise RuntimeError(f"the session was moved instead: {receipt}")
-        await self.until_ready(receipt["advisory_id"])
+        await self.until_ready(worker, receipt["advisory_id"])
         return clock.monotonic() - began
 
     async def move(
@@ -105,7 +112,7 @@ class Pair:
                 raise RuntimeError(f"the move is refused: {status} {record}")
             await asyncio.sleep(POLL_SECONDS)
             began = clock.monotonic()
-        await self.until_ready(f"adv-{record['move_id']}", poll)
+        await self.until_ready(self.direct[to], f"adv-{record['move_id']}", poll)
         seconds = clock.monotonic() - began
         _status, record = await self.front.ask("GET", f"/symphony/moves/{record['move_id']}")
         return seconds, dict(record)
@@ -120,7 +127,7 @@ async def transfer_round(pair: Pair, tokens: int, home: int) -> dict[str, Any]:
     name = f"round-{uuid.uuid4().hex}"
     await pair.seat(name, tokens, home)
     await flush(pair.front)
-    promote_seconds = await pair.promote(name)
+    promote_seconds = await pair.promote(name, home)
     await flush(pair.front)
     move_seconds, record = await pair.move(name, 1 - home)
     await pair.end(name)
@@ -164,7 +171,11 @@ async def measure(url: str, options: argparse.Namespace) -> dict[str, Any]:
             )
             for worker in ids
         ]
-        pair = Pair(front, pinned, ids)
+        direct = [
+            await stack.enter_async_context(GenerateClient(entry["url"], clock=clock))
+            for entry in listed["workers"]
+        ]
+        pair = Pair(front, pinned, direct, ids)
         for number in range(WARM_UP_ROUNDS):
             await transfer_round(pair, options.tokens, number % 2)
         transfers = [

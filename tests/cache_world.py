@@ -37,6 +37,7 @@ from symphony_sglang.engine.messages import AdvisoryAction, AdvisoryBatch
 from symphony_sglang.engine.stack import CpuStackStrategy
 
 PAGE = 16
+CLOSE_ATTEMPTS = 20
 LAYERS, HEADS, DIM = 2, 2, 16
 BACKEND = ("symphony_sglang.engine.nvme_backend", "NvmeBackend")
 
@@ -168,7 +169,13 @@ class CacheWorld:
 
     def close(self) -> None:
         backend = self.cache.cache_controller.storage_backend
-        self.cache.cache_controller.detach_storage_backend()
+        for _ in range(CLOSE_ATTEMPTS):
+            try:
+                self.cache.cache_controller.detach_storage_backend()
+                break
+            except RuntimeError:
+                # SGLang gives its threads a moment each; a loaded machine can take longer.
+                continue
         if backend is not None and hasattr(backend, "close"):
             backend.close()
         self._ranks.__exit__(None, None, None)

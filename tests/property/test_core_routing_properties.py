@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from symphony_sglang.core import routing
 from symphony_sglang.core.gate import Rate
 from symphony_sglang.core.levels import Level
 from symphony_sglang.core.location import LocationIndex
@@ -115,7 +116,10 @@ def test_the_bound_never_hides_a_cheaper_worker(drawn: list[dict], pages: int) -
     limits = PolicySettings(tie_seconds=1e-9, tie_share=1e-9)
     quick = SymphonyPolicy(limits).choose(asked, workers, index, 0.0, random.Random(1))
     everything = PolicySettings(tie_seconds=1e-9, tie_share=1e-9, alternatives_max=100)
-    full = SymphonyPolicy(everything).choose(asked, workers, index, 0.0, random.Random(1))
+    with pytest.MonkeyPatch.context() as patch:
+        # Weigh them all, ties included: what the quick way leaves out is what is in question.
+        patch.setattr(routing, "WEIGHED_MIN", 1000)
+        full = SymphonyPolicy(everything).choose(asked, workers, index, 0.0, random.Random(1))
     assert len(full.alternatives) == full.considered - 1
     cheapest = min([full.cost.total, *(other.cost.total for other in full.alternatives)])
     assert quick.cost.total <= cheapest + 1e-6 * (1 + cheapest)

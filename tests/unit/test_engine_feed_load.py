@@ -32,6 +32,7 @@ def world() -> tuple[Any, Any]:
         token_to_kv_pool_allocator=SimpleNamespace(size=1000, available_size=lambda: 300),
         full_evictable_size=lambda: 200,
         advisories=SimpleNamespace(rates=rates),
+        peer=None,
     )
     return scheduler, cache
 

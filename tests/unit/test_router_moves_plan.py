@@ -282,6 +282,21 @@ def test_shared_prefix_is_copied_and_keeps_its_owner() -> None:
 # Requests ---------------------------------------------------------------------------------------
 
 
+def test_moved_session_is_served_at_its_new_worker_before_the_feed_says_what_is_there() -> None:
+    async def scenario() -> None:
+        async with moves_world() as made:
+            slow_prefill(made)
+            hold_pages(made, "w0")
+            await made.owned("w0", "s", tokens=len(IDS))
+            body = {"input_ids": IDS, "session_id": "s"}
+            assert (await made.generate(body))[1]["worker"] == "w0"
+            assert (await made.migrate("s", "w1"))["state"] == "done"
+            assert (await made.generate(body))[1]["worker"] == "w1"
+            assert len(made.mover.recent()) == 1
+
+    run(scenario)
+
+
 def test_request_sent_elsewhere_takes_its_session_along() -> None:
     async def scenario() -> None:
         async with moves_world() as made:

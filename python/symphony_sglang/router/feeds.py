@@ -271,11 +271,14 @@ class Feeds:
             self.mover.worker_told(worker_id, draining=load.draining)
         self._placement.ledger.reported(worker_id, load_view(load), self._clock.monotonic())
         self._placement.reported(worker_id)
+        below = rate_of(load.speeds.nvme_to_host)
         rates = WorkerRates(
             prefill=rate_of(load.speeds.prefill),
             host_to_device=rate_of(load.speeds.host_to_device),
-            nvme_to_host=rate_of(load.speeds.nvme_to_host),
-            peer_to_host=self._placement.peer_rates.get(worker_id),
+            nvme_to_host=below,
+            peer_to_host=None
+            if self.mover is None
+            else self.mover.speeds.to_host(worker_id, below),
         )
         if self._placement.rates.get(worker_id) != rates:
             self._placement.rates[worker_id] = rates

@@ -35,10 +35,7 @@ from symphony_sglang.core.migration_worker import Reply
 from symphony_sglang.core.prefix import Namespace
 from symphony_sglang.core.routing_types import (
     AdvisoryChoice,
-    Decision,
     PolicySettings,
-    Reason,
-    RouteRequest,
     WorkerState,
     WorkerView,
 )
@@ -49,7 +46,8 @@ from symphony_sglang.router.moves_drain import Drains
 from symphony_sglang.router.moves_log import OwnershipJournal
 from symphony_sglang.router.moves_orders import OrderSender, peer_of, session_parts
 from symphony_sglang.router.moves_records import durations, migrate_fields, record
-from symphony_sglang.router.moves_speed import CopySpeeds, joined
+from symphony_sglang.router.moves_settled import tell_placement
+from symphony_sglang.router.moves_speed import CopySpeeds
 from symphony_sglang.router.placement import Placement
 from symphony_sglang.router.registry import Worker, WorkerRegistry
 from symphony_sglang.router.sessions import session_key
@@ -164,7 +162,9 @@ class SessionMover:
             if move.state in SWITCHED or move.ended:
                 watch.turned.set()
             if move.state is MoveState.RELEASING:
-                self._tell_policy(move)
+                tell_placement(
+                    self.placement, move, self.view(move.target_id), self._clock.monotonic()
+                )
             if move.ended:
                 del self._open[move.move_id]
                 self._end(move)
@@ -185,13 +185,6 @@ class SessionMover:
             self._learn_speed(move)
         self.drains.move_ended(move)
 
-    def _tell_policy(self, move: Move) -> None:
-        """The session lives at the target now, whatever was routed where before."""
-        route = RouteRequest(request_id=move.move_id, input_tokens=1, session_id=move.session_id)
-        decision = Decision(move.target_id, Reason.SESSION, uncached_tokens=0, considered=1)
-        now = self._clock.monotonic()
-        self.placement.policy.routed(route, decision, self.placement.index, now)
-
     def _learn_speed(self, move: Move) -> None:
         found = self.registry.domain(move.target_id)
         if found is None:
@@ -206,11 +199,9 @@ class SessionMover:
 
     def tell_speed(self, worker_id: str) -> None:
         """Let placement reckon with what was measured."""
-        rate = self.speeds.rate(worker_id)
-        if rate is not None:
-            known = self.placement.rates.get(worker_id)
-            below = None if known is None else known.nvme_to_host
-            self.placement.learn_peer_rate(worker_id, joined(rate, below))
+        known = self.placement.rates.get(worker_id)
+        rate = self.speeds.to_host(worker_id, None if known is None else known.nvme_to_host)
+        self.placement.learn_peer_rate(worker_id, rate)
 
     # What workers say -------------------------------------------------------------------------
 

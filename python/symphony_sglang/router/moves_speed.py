@@ -12,6 +12,7 @@ from symphony_sglang.core.gate import Rate
 WEIGHT = 0.3
 TOKENS_MIN = 64  # of fewer the time is all overhead
 OVERHEAD_SECONDS = 0.02
+UNMEASURED = Rate(40_000.0, OVERHEAD_SECONDS)
 WORK_HALF_LIFE_SECONDS = 30.0
 SESSIONS_MAX = 8192
 
@@ -40,6 +41,10 @@ class CopySpeeds:
         if speed is None:
             return None
         return Rate(speed, self._overhead_seconds.get(worker_id, OVERHEAD_SECONDS))
+
+    def to_host(self, worker_id: str, nvme_to_host: Rate | None) -> Rate:
+        """Into the worker's host memory: pages go through its own disk, so never faster than it."""
+        return joined(self.rate(worker_id) or UNMEASURED, nvme_to_host)
 
     def forget(self, worker_id: str) -> None:
         self._tokens_per_second.pop(worker_id, None)

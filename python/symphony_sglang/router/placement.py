@@ -136,6 +136,7 @@ class Placement:
         self.ledger = LoadLedger() if ledger is None else ledger
         self.rates: dict[str, Any] = {}  # domain id -> WorkerRates
         self.advised_places: Any = None  # session key -> places; set by the advisory desk
+        self.promise: Any = None  # (session key, place, until): remembers one; set by the same
         self.peer_rates: dict[str, Rate] = {}  # domain id -> as its moves measured
         self.moving: MovingSessions | None = None
         self._executor = executor

@@ -78,6 +78,7 @@ class SymphonyDesk:
         self._clock = clock
         self._listeners = 0
         placement.advised_places = lambda key: self.memory.places(key, clock.monotonic())
+        placement.promise = self.memory.promise
         registry.events.removed.append(self._on_removed)
 
     def _on_removed(self, worker: Worker) -> None:

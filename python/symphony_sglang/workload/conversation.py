@@ -143,11 +143,13 @@ async def converse(
     rules: ConversationRules,
     *,
     run_id: str,
+    adviser: GenerateClient | None = None,
     on_sample: Callable[[Sample], None] = lambda sample: None,
 ) -> list[Sample]:
     """Run the whole workload, one request at a time.
 
-    `run_id` salts the cache, so that nothing is found that an earlier run left behind.
+    `run_id` salts the cache, so that nothing is found that an earlier run left behind. Hints go by
+    `adviser`: behind a router, to the worker itself, for the router might move the session.
 
     Raises:
         ServerUnavailableError: a request failed; nothing here may fail.
@@ -162,7 +164,7 @@ async def converse(
         if visit.flushed:
             await flush(client)
         if visit.advised:
-            await advise(client, name, salt)
+            await advise(adviser or client, name, salt)
         result = await ask(client, prompt, rules.answer_tokens, session_id=name, salt=salt)
         # Later prompts go on from the first answer; whether the others agree is checked at the end.
         conversations.answers.setdefault((visit.session, visit.turn), result.output_ids)

@@ -128,7 +128,7 @@ def demonstrate(arguments: argparse.Namespace, console: Console, clock: Clock) -
             highlight=False,
         )
         started = clock.monotonic()
-        samples = run_conversations(cluster.router.url, workers[0], rules, console, clock)
+        samples = run_conversations(cluster, workers[0], rules, console, clock)
         if MOVED in expected:
             moves = run_moves(cluster.router.url, workers, rules, console, clock)
         seconds = clock.monotonic() - started
@@ -251,9 +251,9 @@ def wait_ready(worker: WorkerProcess, console: Console) -> float:
 
 
 def run_conversations(
-    url: str, worker: str, rules: ConversationRules, console: Console, clock: Clock
+    cluster: DemoCluster, worker: str, rules: ConversationRules, console: Console, clock: Clock
 ) -> list[Sample]:
-    """The levels of one worker, which the router is told to send to."""
+    """The levels of the first worker, which the router is told to send to."""
     import asyncio
     import uuid
 
@@ -263,11 +263,13 @@ def run_conversations(
     from symphony_sglang.workload.replay_report import ReplayProgress
 
     async def measured() -> list[Sample]:
-        async with GenerateClient(url, clock=clock, headers={TARGET_HEADER: worker}) as client:
+        pinned = GenerateClient(cluster.router.url, clock=clock, headers={TARGET_HEADER: worker})
+        async with pinned, GenerateClient(cluster.workers[0].url, clock=clock) as direct:
             return await converse(
-                client,
+                pinned,
                 rules,
                 run_id=uuid.uuid4().hex,
+                adviser=direct,
                 on_sample=lambda sample: progress.advance(failed=False),
             )
 
