@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +11,8 @@ import pytest
 from routing_world import RATES, World, chain, request, worker
 from symphony_sglang.core.gate import Rate
 from symphony_sglang.core.levels import Level
+from symphony_sglang.core.location import LocationIndex
+from symphony_sglang.core.routing import SymphonyPolicy
 from symphony_sglang.core.routing_types import (
     AdvisedPlace,
     LoadView,
@@ -17,6 +20,7 @@ from symphony_sglang.core.routing_types import (
     Reason,
     RouteRequest,
     WorkerRates,
+    WorkerView,
     measured_rate,
 )
 from symphony_sglang.core.worker_load import LoadLedger
@@ -263,3 +267,23 @@ def test_a_full_worker_is_waited_for_or_avoided() -> None:
     world.workers[0] = replace(world.workers[0], load=crowded)
     decision = world.choose(request(hashes))
     assert decision.worker_id == "w0" or decision.cost.queue == 0
+
+
+def test_a_session_stays_though_its_worker_measured_a_slower_prefill() -> None:
+    """Two workers alike but for noise in what they measured of the same prefill."""
+    index = LocationIndex()
+    hashes = np.arange(1, 129, dtype=np.int64)
+    for name in ("w0", "w1"):
+        index.stored(name, Level.DEVICE, hashes.tolist())
+    index.session_turn("w0", "s", 2048, None, 1, 1)
+    rates = {"w0": Rate(3000.0, 0.7), "w1": Rate(3000.0, 0.4)}
+    views = [
+        WorkerView(name, page_size=16, rates=WorkerRates(prefill=rate))
+        for name, rate in rates.items()
+    ]
+    asked = RouteRequest("r", 2100, {16: hashes}, "s")
+    decision = SymphonyPolicy().choose(asked, views, index, 0.0, random.Random(0))
+    assert (decision.worker_id, decision.reason) == ("w0", Reason.SESSION)
+    # Without the session there is nothing to stay for.
+    fresh = RouteRequest("r", 2100, {16: hashes})
+    assert SymphonyPolicy().choose(fresh, views, index, 0.0, random.Random(0)).worker_id == "w1"

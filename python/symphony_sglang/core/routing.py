@@ -317,8 +317,12 @@ class SymphonyPolicy:
                 return best, Reason.LEAST_COST
             if estimate.seconds <= tie:
                 return estimate, Reason.TIE_SESSION
+            seconds = estimate.seconds
+            if abs(estimate.tokens.recompute - best.tokens.recompute) <= settings.stay_tokens:
+                # The same prefill on both: how they measured it says nothing about where to go.
+                seconds -= max(0.0, estimate.cost.recompute - best.cost.recompute)
             # Where a peer has more of it, there is nothing to stay for.
-            if estimate.seconds <= stay and held(estimate) + settings.stay_tokens >= most > 0:
+            if seconds <= stay and held(estimate) + settings.stay_tokens >= most > 0:
                 return estimate, Reason.SESSION
         tied = [e for e in estimates if e.seconds <= tie]
         if len(tied) == 1:
