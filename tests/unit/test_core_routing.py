@@ -276,7 +276,7 @@ def test_a_session_stays_though_its_worker_measured_a_slower_prefill() -> None:
     for name in ("w0", "w1"):
         index.stored(name, Level.DEVICE, hashes.tolist())
     index.session_turn("w0", "s", 2048, None, 1, 1)
-    rates = {"w0": Rate(3000.0, 0.7), "w1": Rate(3000.0, 0.4)}
+    rates = {"w0": Rate(100.0), "w1": Rate(300.0)}
     views = [
         WorkerView(name, page_size=16, rates=WorkerRates(prefill=rate))
         for name, rate in rates.items()
@@ -287,3 +287,17 @@ def test_a_session_stays_though_its_worker_measured_a_slower_prefill() -> None:
     # Without the session there is nothing to stay for.
     fresh = RouteRequest("r", 2100, {16: hashes})
     assert SymphonyPolicy().choose(fresh, views, index, 0.0, random.Random(0)).worker_id == "w1"
+
+
+def test_a_noisy_fixed_part_does_not_make_a_hit_dearer_than_a_whole_prompt() -> None:
+    index = LocationIndex()
+    hashes = np.arange(1, 76, dtype=np.int64)
+    index.stored("w0", Level.DEVICE, hashes.tolist())
+    views = [
+        WorkerView(name, page_size=16, rates=WorkerRates(prefill=rate))
+        for name, rate in (("w0", Rate(9000.0, 0.5)), ("w1", Rate(9000.0, 0.01)))
+    ]
+    asked = RouteRequest("r", 1203, {16: hashes})
+    decision = SymphonyPolicy().choose(asked, views, index, 0.0, random.Random(0))
+    assert (decision.worker_id, decision.tokens.device) == ("w0", 1200)
+    assert decision.cost.recompute < 0.02

@@ -150,6 +150,10 @@ class CostModel:
         settings, load, rates = self.settings, view.load, view.rates
         typical = self._typical or self._measure()
         prefill = rates.prefill or typical[0]
+        if prefill.latency_seconds > typical[0].latency_seconds:
+            # A step's fixed part is small and alike where the model is: a large one is noise of the
+            # calibration, and would make a few tokens here dearer than a whole prompt elsewhere.
+            prefill = Rate(prefill.tokens_per_second, typical[0].latency_seconds)
         host = rates.host_to_device or typical[1]
         queue = load.tokens_waiting_uncached / prefill.tokens_per_second
         # A step was measured with the running batch; an assumed one is that of a batch of one.
@@ -193,8 +197,10 @@ class CostModel:
         """Medians over the workers that have measured, and the defaults where none has."""
         default = self.settings.default_rates
         rates = list(self._rates.values())
+        prefill = median_rate([r.prefill for r in rates], default.prefill)
+        least = min((r.prefill.latency_seconds for r in rates if r.prefill), default=None)
         typical = (
-            median_rate([r.prefill for r in rates], default.prefill),
+            prefill if least is None else Rate(prefill.tokens_per_second, least),
             median_rate([r.host_to_device for r in rates], default.host_to_device),
             median_rate([r.nvme_to_host for r in rates], default.nvme_to_host),
             median_rate([r.peer_to_host for r in rates], default.peer_to_host),
