@@ -13,10 +13,10 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import DEVICE_TOKENS, PAGE_SIZE, Server, cached, start_server
 from test_advisories import SESSION_TOKENS, advise, prompt, receipt_in
 from test_levels import overflow
 
+from conftest import DEVICE_TOKENS, PAGE_SIZE, Server, cached, start_server
 from symphony_sglang.clock import SystemClock
 from symphony_sglang.testing.faulty_backend import FAULTS_VARIABLE, Faults
 
