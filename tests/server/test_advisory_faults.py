@@ -287,6 +287,7 @@ def test_a_request_joins_the_read_that_its_advisory_began(
     "in one process it does (test_engine_promotion)",
     strict=False,
 )
+@pytest.mark.soak
 def test_a_disk_that_became_slow_is_left_alone_and_output_is_the_same(
     server: Server, break_it: Callable[..., None]
 ) -> None:
@@ -313,6 +314,7 @@ def test_a_disk_that_became_slow_is_left_alone_and_output_is_the_same(
     "in one process it does (test_engine_promotion)",
     strict=False,
 )
+@pytest.mark.soak
 def test_a_host_level_that_became_slow_is_left_alone_and_output_is_the_same(
     server: Server, break_it: Callable[..., None]
 ) -> None:
@@ -338,6 +340,7 @@ def test_a_host_level_that_became_slow_is_left_alone_and_output_is_the_same(
 # Two ranks that do not keep step ------------------------------------------------------------------
 
 
+@pytest.mark.soak
 def test_a_thousand_hints_over_two_ranks_of_which_one_stumbles(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

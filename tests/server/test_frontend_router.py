@@ -13,16 +13,16 @@ from typing import Any
 import pytest
 import sglang as sgl
 from browser import Page, find_browser
-from conftest import PAGE_SIZE, Server, start_server
 from test_frontend import STORY, TURN, check_hints, outcome
 from test_router import random_ids, start_router, wait_workers
 from test_ui import STATE, WIDER, shots
 
+from conftest import PAGE_SIZE, Server, start_server
 from symphony_sglang import lang
 from symphony_sglang.client import SymphonyClient
 from symphony_sglang.errors import NotKnownError
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.soak]
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import random
 from pathlib import Path
 
 import pytest
+
 from conftest import Server
 
 pytestmark = pytest.mark.server
@@ -65,10 +66,12 @@ def test_radix_attention_kit(worker: Server, monkeypatch: pytest.MonkeyPatch) ->
     run_radix(worker, monkeypatch)
 
 
+@pytest.mark.soak
 def test_multiturn_cache_hit_kit_over_two_ranks(tp_worker: Server, conversations: Path) -> None:
     run_multiturn(tp_worker, conversations)
 
 
+@pytest.mark.soak
 def test_radix_attention_kit_over_two_ranks(
     tp_worker: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:

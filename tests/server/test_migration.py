@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import VOCAB, Answer, Server, cached, start_server
 
+from conftest import VOCAB, Answer, Server, cached, start_server
 from symphony_sglang.core.migration_log import OwnershipEntry, OwnershipEvent, OwnershipLog
 from symphony_sglang.workload.worker_process import WorkerProcess, free_port
 
@@ -304,6 +304,7 @@ def test_restarted_router_knows_the_owners(cluster) -> None:
     cluster.check_owners()
 
 
+@pytest.mark.soak
 def test_router_killed_in_the_middle_leaves_one_owner(cluster) -> None:
     prompt = cluster.opened("m7", 7, 3000)
     source = cluster.owner("m7")
@@ -319,6 +320,7 @@ def test_router_killed_in_the_middle_leaves_one_owner(cluster) -> None:
     cluster.check_owners()
 
 
+@pytest.mark.soak
 def test_target_killed_in_the_middle_leaves_the_session_at_its_source(cluster) -> None:
     prompt = cluster.opened("m8", 8, 3000)
     source = cluster.owner("m8")
@@ -362,6 +364,7 @@ def test_drained_worker_hands_its_sessions_off_and_goes(cluster) -> None:
     cluster.wait_workers(2)
 
 
+@pytest.mark.soak
 def test_terminated_worker_hands_its_sessions_off_first(cluster) -> None:
     prompts = {f"t{n}": cluster.opened(f"t{n}", 80 + n, 400) for n in range(4)}
     homes = {name: cluster.owner(name) for name in prompts}
@@ -386,6 +389,7 @@ def test_terminated_worker_hands_its_sessions_off_first(cluster) -> None:
     cluster.check_owners()
 
 
+@pytest.mark.soak
 def test_worker_of_another_model_is_refused(cluster, tmp_path_factory) -> None:
     from symphony_sglang.workload.tiny_model import make_tiny_model
 
@@ -411,6 +415,7 @@ def test_worker_of_another_model_is_refused(cluster, tmp_path_factory) -> None:
     cluster.check_owners()
 
 
+@pytest.mark.soak
 def test_killed_source_is_followed_by_its_target(cluster) -> None:
     """Last, for it ends a worker."""
     prompt = cluster.opened("m10", 10, 3000)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import cached
 from test_migration import TOKENS, Cluster, served_by, until
 
-pytestmark = pytest.mark.server
+from conftest import cached
+
+pytestmark = [pytest.mark.server, pytest.mark.soak]
 
 
 def test_session_of_two_ranks_moves_there_and_back(model: Path, tmp_path: Path) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import cached, start_server
 from test_advisories import SESSION_TOKENS, receipt_in
 from test_pull import TAIL, computed, first_turn, peer_of, pulled
 
-pytestmark = pytest.mark.server
+from conftest import cached, start_server
+
+pytestmark = [pytest.mark.server, pytest.mark.soak]
 
 
 def test_session_moves_there_and_back_over_two_ranks(model: Path, tmp_path: Path) -> None:
