@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import DEVICE_TOKENS, Server
 
+from conftest import DEVICE_TOKENS, Server
 from symphony_sglang.client import SymphonyClient
 
 pytestmark = pytest.mark.server
