@@ -46,7 +46,7 @@ def test_bad_setting_stops_the_start_in_one_line(flags: list[str], message: str)
 def test_environment_twin_is_checked_too() -> None:
     done = launch("--model-path", "anything", SYMPHONY_HOST_GB="99999999")
     assert done.returncode == 2
-    assert "SYMPHONY_HOST_GB is 1e+08; expected a number from -1 to 65536" in done.stderr
+    assert "SYMPHONY_HOST_GB is 1e+08; expected a number from -1 to 65,536" in done.stderr
 
 
 @pytest.mark.parametrize(
