@@ -150,6 +150,9 @@ def test_metrics_of_ours_stand_beside_sglangs(metered: Server) -> None:
         lambda s: (
             value(s, "symphony:advisories_ended_total", state="used")
             == value(before, "symphony:advisories_ended_total", state="used") + 1
+            # Sent last, and told half a second later at most.
+            and value(s, "symphony:advisories_total", status="missing")
+            == value(before, "symphony:advisories_total", status="missing") + 1
         ),
     )
 
