@@ -8,8 +8,9 @@ import time
 from typing import Any
 
 import pytest
-from conftest import DEVICE_TOKENS, VOCAB, Server, cached
 from test_levels import overflow
+
+from conftest import DEVICE_TOKENS, VOCAB, Server, cached
 
 pytestmark = pytest.mark.server
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+
 from conftest import Server
 
 pytestmark = pytest.mark.server

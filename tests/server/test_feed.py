@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 import zmq
-from conftest import DEVICE_TOKENS, PAGE_SIZE, Server, start_server
 
+from conftest import DEVICE_TOKENS, PAGE_SIZE, Server, start_server
 from feed_world import Seen, until
 from symphony_sglang.core.levels import Level
 from symphony_sglang.core.page_hash import event_hashes

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import sglang as sgl
-from conftest import API_KEY, PAGE_SIZE, Server
 from sglang.lang.backend.runtime_endpoint import RuntimeEndpoint
 from sglang.test import test_programs
 from test_levels import overflow
 
+from conftest import API_KEY, PAGE_SIZE, Server
 from symphony_sglang import lang
 from symphony_sglang.client import AsyncSymphonyClient, SymphonyClient
 from symphony_sglang.errors import NotAuthorizedError, NotKnownError

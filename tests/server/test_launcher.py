@@ -10,8 +10,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import Server, start_server
 
+from conftest import Server, start_server
 from symphony_sglang.workload.worker_process import WorkerProcess, free_port
 
 pytestmark = pytest.mark.server

@@ -6,8 +6,9 @@ from typing import Any
 
 import openai
 import pytest
-from conftest import DEVICE_TOKENS, PAGE_SIZE, VOCAB, Server, cached
 from prompts import mixed_prompts
+
+from conftest import DEVICE_TOKENS, PAGE_SIZE, VOCAB, Server, cached
 
 pytestmark = pytest.mark.server
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import VOCAB, Server, start_server
 
+from conftest import VOCAB, Server, start_server
 from symphony_sglang.telemetry.metrics import Kind, Worker, declared
 
 pytestmark = pytest.mark.server

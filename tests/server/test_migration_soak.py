@@ -10,8 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import Answer
 from test_migration import Cluster, kill, until
+
+from conftest import Answer
 
 pytestmark = [pytest.mark.server, pytest.mark.soak]
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Server, cached, start_server
 from test_advisories import SESSION_TOKENS, advise, prompt, receipt_in
+
+from conftest import Server, cached, start_server
 
 pytestmark = pytest.mark.server
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Server, cached, start_server
 from test_advisories import SESSION_TOKENS, prompt, receipt_in
 
+from conftest import Server, cached, start_server
 from wire_world import Relay, filled, identity, serve
 
 pytestmark = pytest.mark.server

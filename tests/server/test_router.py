@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Answer, Server
 
+from conftest import Answer, Server
 from symphony_sglang.workload.worker_process import WorkerProcess, free_port
 
 pytestmark = pytest.mark.server

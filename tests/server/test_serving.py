@@ -6,6 +6,7 @@ from typing import Any
 
 import openai
 import pytest
+
 from conftest import PAGE_SIZE, VOCAB, Server, cached
 
 pytestmark = pytest.mark.server

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 from browser import Page, find_browser
-from conftest import API_KEY, DEVICE_TOKENS, Server
 from prompts import mixed_prompts
 from test_advisories import advise, receipt_in, seat_session
 
+from conftest import API_KEY, DEVICE_TOKENS, Server
 from symphony_sglang import ui
 
 pytestmark = pytest.mark.server
