@@ -68,19 +68,39 @@ def test_events_tell_the_residency_again_and_again(worker: Server) -> None:
         assert worker.call("GET", f"/symphony/events{query}").status in (400, 422), query
 
 
+def ledger(worker: Server) -> dict[str, Any]:
+    return dict(worker.residency()["counters"]["advisories"])
+
+
+def text_of(element_id: str) -> str:
+    return f"document.getElementById({element_id!r}).innerText"
+
+
+PREFIXES = (
+    "[...document.querySelectorAll('#hot tbody td:first-child')].map((c) => c.innerText).join()"
+)
+
+
 def test_page_shows_a_worker_under_load(worker: Server, tmp_path: Path) -> None:
+    """What stands on the page is what the worker, which others used before, says of itself."""
     find_browser()
     worker.flush()
+    before = ledger(worker)
     ids = seat_session(worker, "page-0", 59)
     used = advise(worker, session_id="page-0")
     receipt_in(worker, used["advisory_id"], "ready")
     for _ in range(3):
         worker.greedy_one([*ids, 301], 1, session_id="page-0")
+    receipt_in(worker, used["advisory_id"], "used")
     seat_session(worker, "page-1", 60)
-    receipt = advise(worker, session_id="page-1")
-    receipt_in(worker, receipt["advisory_id"], "ready")
+    turns = worker.call("GET", "/symphony/sessions/page-1").body["turns"]
 
-    async def look() -> None:
+    def announce() -> str:
+        receipt = advise(worker, session_id="page-1")
+        receipt_in(worker, receipt["advisory_id"], "ready")
+        return str(receipt["advisory_id"])
+
+    async def look() -> str:
         async with Page(tmp_path) as page:
             await page.scheme("light")
             await page.open(f"{worker.url}/symphony/ui")
@@ -90,20 +110,28 @@ def test_page_shows_a_worker_under_load(worker: Server, tmp_path: Path) -> None:
                 worker.greedy, mixed_prompts(12, seed=61, vocab=32_000, longest=1500), 64
             )
             await asyncio.gather(load, asyncio.sleep(4))
+            advisory_id = await asyncio.to_thread(announce)
             label = await page.value(
                 "document.querySelector('.row[data-level=device] .num').innerText"
             )
             assert f"of {DEVICE_TOKENS} tokens" in label
-            assert await page.value("document.getElementById('live').innerText") == "1 live"
-            assert "of 1" in await page.value("document.getElementById('leadnote').innerText")
-            assert "512" in await page.value("document.getElementById('hot').innerText")
+            now = await asyncio.to_thread(ledger, worker)
+            assert now["live"] == before["live"] + 1
+            leads = sum(now["lead_seconds"]["counts"])
+            assert leads == sum(before["lead_seconds"]["counts"]) + 1
+            await page.until(f"{text_of('live')} === '{now['live']} live'")
+            await page.until(f"{text_of('leadnote')}.endsWith(' s of {leads}')")
+            hot = (await asyncio.to_thread(worker.residency))["hot_prefixes"][:10]
+            assert hot
+            await page.until(f"{PREFIXES} === '{','.join(each['prefix'] for each in hot)}'")
             await page.submit("#session", "page-1")
-            await page.until("document.getElementById('found').innerText.includes('turns')")
-            found = await page.value("document.getElementById('found').innerText")
-            assert "1 turns" in found
+            await page.until(f"{text_of('found')}.includes('turns')")
+            found = await page.value(text_of("found"))
+            assert f"{turns} turns" in found
+            assert advisory_id in found
             assert "ready" in found
             await page.submit("#session", "nobody")
-            await page.until("document.getElementById('problem').innerText.includes('No session')")
+            await page.until(f"{text_of('problem')}.includes('No session')")
             folder = shots(tmp_path)
             for scheme, width in (("light", 1280), ("dark", 1280), ("light", 400), ("dark", 400)):
                 await page.scheme(scheme)
@@ -113,9 +141,10 @@ def test_page_shows_a_worker_under_load(worker: Server, tmp_path: Path) -> None:
                 await page.screenshot(folder / f"worker-{scheme}-{width}.png")
             # The search for nobody is a 404, which the browser logs.
             assert [p for p in page.problems if "/sessions/" not in p] == []
+            return advisory_id
 
-    asyncio.run(look())
-    assert worker.call("DELETE", f"/symphony/advisories/{receipt['advisory_id']}").status == 200
+    advisory_id = asyncio.run(look())
+    assert worker.call("DELETE", f"/symphony/advisories/{advisory_id}").status == 200
 
 
 def test_page_asks_for_the_key_and_keeps_it_for_the_tab(
