@@ -72,6 +72,27 @@ def test_one_outlier_moves_the_estimate_by_a_bounded_step():
     assert 1000 / estimator.rate().tokens_per_second == pytest.approx(1 + 0.2 * 3)
 
 
+def test_a_second_outlier_to_the_same_side_is_believed():
+    """A copy of microseconds a token that becomes one of seconds is found out after two."""
+    estimator = RateEstimator(Rate(1e6))
+    estimator.add(1000, 3.0)
+    assert 1e6 / estimator.rate().tokens_per_second < 10, "one outlier is a bounded step"
+    estimator.add(1000, 2.0)
+    assert estimator.rate().tokens_per_second == pytest.approx(500), "the nearer of the two"
+    for _ in range(2):
+        estimator.add(1000, 1e-3)
+    assert estimator.rate().tokens_per_second == pytest.approx(1e6), "and back as fast"
+    estimator.check()
+
+
+def test_outliers_to_different_sides_or_with_a_sample_between_stay_outliers():
+    for between in (0.0001, 1.0):  # as far off to the other side; as expected
+        estimator = RateEstimator(Rate(1000))
+        for seconds in (1000.0, between, 1000.0):
+            estimator.add(1000, seconds)
+        assert estimator.rate().tokens_per_second > 100, between
+
+
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.lists(st.tuples(st.integers(-5, 10**9), st.floats(allow_nan=True, allow_infinity=True))))
 def test_no_sequence_of_samples_breaks_an_estimate(samples):

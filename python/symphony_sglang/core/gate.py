@@ -94,8 +94,15 @@ class EstimatorLimits:
 
     weight: float = 0.25  # of the newest sample
     tokens_min: int = 256  # shorter transfers measure latency, not speed
-    step_max: float = 8.0  # a sample counts as at most this many times the estimate, or its part
-    drift_max: float = 64.0  # the estimate stays within this factor of its calibration
+    # A sample this many times off the estimate counts as that much and no more, until the next one
+    # is as far off to the same side: then the nearer of the two is the new estimate. One outlier is
+    # somebody else's burst, two are what the level has become.
+    step_max: float = 8.0
+    # The estimate stays this near to its calibration. A transfer that ends within its calibrated
+    # latency would otherwise count as infinitely fast; a copy of 10 us a token that comes to hang
+    # for seconds is 10,000 times slower.
+    faster_max: float = 64.0
+    slower_max: float = 1e6
     # A level that is not used gives no samples: an estimate that got none for this long goes half
     # of the way back to its calibration, so that the level is tried again now and then.
     stale_seconds: float = 30.0
@@ -103,7 +110,7 @@ class EstimatorLimits:
     def __post_init__(self) -> None:
         assert 0 < self.weight <= 1, self.weight
         assert self.step_max > 1, self.step_max
-        assert self.drift_max >= 1, self.drift_max
+        assert self.faster_max >= 1 <= self.slower_max, self
         assert self.stale_seconds > 0, self.stale_seconds
 
 
@@ -123,6 +130,7 @@ class RateEstimator:
         self.samples = 0
         self.ignored = 0
         self._seconds_per_token = 1.0 / start.tokens_per_second
+        self._outlier: float | None = None  # seconds per token of the last sample, if it was one
         self._fresh_seconds: float | None = None  # of the last sample, on the caller's clock
 
     def add(self, tokens: int, seconds: float, now_seconds: float | None = None) -> bool:
@@ -133,10 +141,14 @@ class RateEstimator:
             return False
         old = self._seconds_per_token
         sample = max(0.0, seconds - self.start.latency_seconds) / tokens
-        sample = min(max(sample, old / limits.step_max), old * limits.step_max)
-        new = old + limits.weight * (sample - old)
+        near = min(max(sample, old / limits.step_max), old * limits.step_max)
+        new = old + limits.weight * (near - old)
+        last, self._outlier = self._outlier, sample if near != sample else None
+        if last is not None and self._outlier is not None and (last > old) == (sample > old):
+            new = min(last, sample) if sample > old else max(last, sample)
+            self._outlier = None
         calibrated = 1.0 / self.start.tokens_per_second
-        new = min(max(new, calibrated / limits.drift_max), calibrated * limits.drift_max)
+        new = min(max(new, calibrated / limits.faster_max), calibrated * limits.slower_max)
         self._seconds_per_token = new
         self._fresh_seconds = now_seconds
         self.samples += 1
@@ -151,7 +163,7 @@ class RateEstimator:
         self._fresh_seconds = now_seconds
         start = 1.0 / self.start.tokens_per_second
         if not self.calibrated:
-            floor = start / self.limits.drift_max
+            floor = start / self.limits.faster_max
             self._seconds_per_token = max(floor, self._seconds_per_token / 2)
         elif self._seconds_per_token > start:
             self._seconds_per_token = math.sqrt(self._seconds_per_token * start)
@@ -162,8 +174,9 @@ class RateEstimator:
     def check(self) -> None:
         calibrated = 1.0 / self.start.tokens_per_second
         ratio = self._seconds_per_token / calibrated
-        slack = self.limits.drift_max * (1 + 1e-9)
-        assert 1 / slack <= ratio <= slack, ratio
+        slack = 1 + 1e-9
+        assert 1 / (self.limits.faster_max * slack) <= ratio, ratio
+        assert ratio <= self.limits.slower_max * slack, ratio
         assert self.samples >= 0 <= self.ignored
 
 
