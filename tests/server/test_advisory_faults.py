@@ -282,56 +282,51 @@ def test_a_request_joins_the_read_that_its_advisory_began(
 # A level that became slow -------------------------------------------------------------------------
 
 
-@pytest.mark.xfail(
-    reason="not yet: the gate does not close in time on a real server whose level became slow; "
-    "in one process it does (test_engine_promotion)",
-    strict=False,
-)
-@pytest.mark.soak
 def test_a_disk_that_became_slow_is_left_alone_and_output_is_the_same(
     server: Server, break_it: Callable[..., None]
 ) -> None:
-    """Slow reads are felt, then avoided: requests compute, and their TTFT does not suffer."""
-    sessions = [seat_on_disk(server, f"slow{number}", 100 + number) for number in range(6)]
+    """Two slow reads are felt, then the level is avoided: requests compute, no hint waits."""
+    sessions = [seat_on_disk(server, f"slow{number}", 100 + number) for number in range(4)]
     turns = [[*ids, 301, 302] for ids in sessions]
     expected = [computed(server, turn) for turn in turns]
+    before = decisions(server, "nvme")
     break_it(read_seconds=1.5)
     for turn, wanted in zip(turns, expected, strict=True):
         server.flush()
-        before = decisions(server, "nvme")
         assert server.greedy_one(turn)["output_ids"] == wanted
         time.sleep(SEND_SECONDS)
-    assert decisions(server, "nvme")["recompute"] == before["recompute"] + 1, "no read, no wait"
+    after = decisions(server, "nvme")
+    used, computed_again = (after[key] - before[key] for key in ("use", "recompute"))
+    # None where tests before this one, whose reads were slow as well, have told already.
+    assert used <= 2, "two slow reads tell"
+    assert used + computed_again == len(turns), "then no read, no wait"
     server.flush()
     # With seconds to spare it would be read all the same: what is there in time costs nothing.
-    soon = advise(server, session_id="slow5", expected_in_s=0.2)
+    soon = advise(server, session_id="slow3", expected_in_s=0.2)
     receipt = receipt_in(server, soon["advisory_id"], "failed")
     assert (receipt["status"], receipt["reason"]) == ("rejected", "nvme_slower_than_recompute")
 
 
-@pytest.mark.xfail(
-    reason="not yet: the gate does not close in time on a real server whose level became slow; "
-    "in one process it does (test_engine_promotion)",
-    strict=False,
-)
 @pytest.mark.soak
 def test_a_host_level_that_became_slow_is_left_alone_and_output_is_the_same(
     server: Server, break_it: Callable[..., None]
 ) -> None:
-    sessions = [prompt(150 + number) for number in range(9)]
+    sessions = [prompt(150 + number) for number in range(4)]
     for ids in sessions:
         server.greedy_one(ids, 1)
     overflow(server, 150)
     turns = [[*ids, 301, 302] for ids in sessions]
-    break_it(load_seconds=3.0)
+    before = decisions(server, "host")
+    break_it(load_seconds=2.0)
     answers = []
     for turn in turns:
         answers.append(server.greedy_one(turn))
         time.sleep(SEND_SECONDS)
     break_it()
+    after = decisions(server, "host")
     assert cached(answers[0])["host"] > 0, "it was tried"
     assert cached(answers[-1])["host"] == 0, "and found too slow"
-    assert decisions(server, "host")["recompute"] > 0
+    assert after["recompute"] > before["recompute"]
     for turn, answer in zip(turns, answers, strict=True):
         assert answer["output_ids"] == computed(server, turn)
     check_clean(server)
