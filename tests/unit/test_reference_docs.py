@@ -11,12 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from symphony_sglang import config
+from symphony_sglang import config, route_reference
+from symphony_sglang.errors import ConfigError
 from symphony_sglang.launch_server import split_arguments
 from symphony_sglang.telemetry import metrics
 
 REFERENCE = Path(__file__).resolve().parents[2] / "docs" / "reference"
-PAGES = {"metrics.md": metrics.reference, "flags.md": config.reference}
+PAGES = {
+    "metrics.md": metrics.reference,
+    "flags.md": config.reference,
+    "routes.md": route_reference.reference,
+}
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -46,3 +51,24 @@ def test_flags_of_the_page_are_flags_that_the_launcher_takes() -> None:
                 words[1] = default or "a-path-or-a-secret-long-enough"
             _, rest = split_arguments([*words, "--model-path", "m"])
             assert rest == ["--model-path", "m"], spelling
+
+
+def test_route_that_nothing_is_said_about_fails_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    routes = route_reference.router_routes()
+    new = route_reference.Served("router", "GET", "/new", "none")
+    monkeypatch.setattr(route_reference, "router_routes", lambda: [*routes, new])
+    with pytest.raises(ConfigError, match="no words about GET /new"):
+        route_reference.reference()
+    gone = [route for route in routes if route.path != "/workers"]
+    monkeypatch.setattr(route_reference, "router_routes", lambda: gone)
+    with pytest.raises(ConfigError, match="words about GET /workers, which nobody serves"):
+        route_reference.reference()
+
+
+def test_page_says_which_key_a_route_wants() -> None:
+    keys = {(route.server, route.path): route.key for route in route_reference.router_routes()}
+    assert keys["router", "/health"] == keys["router", "/symphony/ui"] == "none"
+    assert keys["router", "/generate"] == keys["router", "/symphony/advise"] == "caller"
+    assert keys["router", "/workers/{id}/drain"] == keys["router", "/symphony/migrate"] == "control"
+    open_ones = [route.path for route in route_reference.worker_routes() if route.key == "none"]
+    assert open_ones == ["/symphony/ui"]
