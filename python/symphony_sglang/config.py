@@ -95,10 +95,12 @@ class SymphonyConfig:
         maximum=0.9,
         metavar="SHARE",
     )
+    # Two, not one: who computes again occupies the device that all others wait for, who loads does
+    # not. In the simulated fleet of docs/simulator.md a factor of 1 gave a third less throughput.
     break_even: float = setting(
-        1.0,
-        "how many times slower than computing again a level may be and still be used; "
-        "0 uses every level",
+        2.0,
+        "how many times slower than computing again a level may be and still be used, for loads "
+        "leave the device to others; 0 uses every level",
         minimum=0.0,
         maximum=1000.0,
         metavar="FACTOR",
@@ -119,7 +121,8 @@ class SymphonyConfig:
     )
     implicit_hints: bool = setting(
         True,
-        "a chat turn that ends with a tool call announces its session's next turn",
+        "chat turns that end with a tool call, and sub-agents by their headers, announce the turn "
+        "that follows",
     )
 
     feed: bool = setting(

@@ -349,7 +349,7 @@ class PolicySettings:
     tie_seconds: float = 0.002
     tie_share: float = 0.02
     expected_discount: float = 0.98
-    load_margin: float = 1.0
+    load_margin: float = 2.0
     stay_share: float = 0.25
     stay_seconds: float = 0.05
     stay_tokens: int = 64
