@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from symphony_sglang import config, route_reference
+import route_reference
+from symphony_sglang import config
 from symphony_sglang.errors import ConfigError
 from symphony_sglang.launch_server import split_arguments
 from symphony_sglang.telemetry import metrics
