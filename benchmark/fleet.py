@@ -1,6 +1,7 @@
 """The processes behind a scenario's arms: workers and, for more than one, a router before them.
 
-Groups are started when an arm first needs them and stay up until the end; idle ones sleep.
+Workers are started when an arm first needs them and stay up for the next that does. Arms
+that differ in their router only share them. One router runs at a time: two of ours would both move sessions.
 """
 
 from __future__ import annotations
@@ -17,15 +18,16 @@ from symphony_sglang.workload.worker_process import HOST, WorkerProcess, free_po
 # sglang-router's `cache_aware` needs no session; its `manual` policy pins by routing key.
 STOCK_ROUTER = "sglang_router.launch_router"
 OUR_ROUTER = "symphony_sglang.launch_router"
+# Idle workers keep some gigabytes each; beyond this many, those used longest ago are stopped.
+WORKERS_MAX = 5
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Running processes; `url` is where an arm sends its requests."""
+    """Where an arm sends its requests, and the workers behind it."""
 
     url: str
     worker_urls: tuple[str, ...]
-    processes: tuple[WorkerProcess, ...]
 
 
 class Fleet:
@@ -35,8 +37,10 @@ class Fleet:
         self._scenario = scenario
         self._model = model
         self._scratch = scratch
-        self._groups: dict[tuple[str, int, str], Group] = {}
-        self._started: list[WorkerProcess] = []
+        # By kind and number; the one used last stands last.
+        self._workers: dict[tuple[str, int], list[WorkerProcess]] = {}
+        self._router: tuple[tuple[str, int, str], WorkerProcess] | None = None
+        self._started = 0
 
     def __enter__(self) -> Fleet:
         return self
@@ -47,9 +51,11 @@ class Fleet:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        # Routers first, so that none of them reports its workers' end.
-        for process in reversed(self._started):
-            process.stop()
+        # The router first, so that it does not report its workers' end.
+        self._stop_router()
+        for workers in self._workers.values():
+            for worker in workers:
+                worker.stop()
 
     def start(self, arm: Arm) -> Group:
         """The arm's processes, ready to serve.
@@ -57,41 +63,52 @@ class Fleet:
         Raises:
             ServerUnavailableError: one of them does not start.
         """
-        found = self._groups.get(arm.processes)
-        if found is not None:
-            return found
-        sizes = self._scenario.worker
-        levels = Levels(sizes.device_tokens, sizes.host_gb, sizes.nvme_gb)
-        stem = f"{arm.server}-{arm.workers}-{arm.router.replace(':', '-') or 'direct'}"
-        workers = [
-            server(
-                arm.server,
-                self._model,
-                levels,
-                self._scratch / stem / f"worker-{number}",
-                flags=tuple(sizes.flags),
-            )
-            for number in range(arm.workers)
-        ]
-        for worker in workers:
-            self._start(worker)
-        urls = tuple(worker.url for worker in workers)
-        processes = tuple(workers)
-        url = urls[0]
-        if arm.router:
-            router = self._router(arm.router, urls, self._scratch / stem / "router.log")
-            self._start(router)
-            url, processes = router.url, (*workers, router)
-        group = Group(url, urls, processes)
-        self._groups[arm.processes] = group
-        return group
+        if self._router is not None and self._router[0] != arm.processes:
+            self._stop_router()
+        urls = tuple(worker.url for worker in self._start_workers(arm))
+        if not arm.router:
+            return Group(urls[0], urls)
+        if self._router is None:
+            self._started += 1
+            log = self._scratch / f"router-{self._started}.log"
+            router = self._make_router(arm.router, urls, log)
+            self._router = (arm.processes, router)
+            router.start()
+            router.wait_ready()
+        return Group(self._router[1].url, urls)
 
-    def _start(self, process: WorkerProcess) -> None:
-        self._started.append(process)
-        process.start()
-        process.wait_ready()
+    def _start_workers(self, arm: Arm) -> list[WorkerProcess]:
+        key = (arm.server, arm.workers)
+        workers = self._workers.pop(key, None)
+        if workers is None:
+            self._make_room(arm.workers)
+            sizes = self._scenario.worker
+            levels = Levels(sizes.device_tokens, sizes.host_gb, sizes.nvme_gb)
+            workers = []
+            self._workers[key] = workers
+            for _ in range(arm.workers):
+                self._started += 1
+                folder = self._scratch / f"{arm.server}-{self._started}"
+                flags = tuple(sizes.flags)
+                worker = server(arm.server, self._model, levels, folder, flags=flags)
+                workers.append(worker)
+                worker.start()
+                worker.wait_ready()
+        self._workers[key] = workers
+        return workers
 
-    def _router(self, kind: str, urls: tuple[str, ...], log: Path) -> WorkerProcess:
+    def _make_room(self, wanted: int) -> None:
+        while self._workers and wanted + sum(map(len, self._workers.values())) > WORKERS_MAX:
+            oldest = next(iter(self._workers))
+            for worker in self._workers.pop(oldest):
+                worker.stop()
+
+    def _stop_router(self) -> None:
+        if self._router is not None:
+            self._router[1].stop()
+            self._router = None
+
+    def _make_router(self, kind: str, urls: tuple[str, ...], log: Path) -> WorkerProcess:
         family, _, policy = kind.partition(":")
         port = free_port()
         command = [

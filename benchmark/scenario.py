@@ -64,8 +64,8 @@ class Advice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Arm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One way to serve the workload. Arms with equal `server`, `router` and `workers` share their
-    processes, one after the other, each with fresh tokens."""
+    """One way to serve the workload. Arms with equal `server` and `workers` share their processes,
+    one after the other, each with fresh tokens."""
 
     name: str
     server: Literal["recompute", "device", "hicache", "symphony"]
