@@ -1,7 +1,8 @@
 """The processes behind a scenario's arms: workers and, for more than one, a router before them.
 
-Workers are started when an arm first needs them and stay up for the next that does. Arms
-that differ in their router only share them. One router runs at a time: two of ours would both move sessions.
+Workers are started when an arm first needs them and stay up for the next that does. Arms that
+differ in their router only share them. One router runs at a time: two of ours would both move
+sessions.
 """
 
 from __future__ import annotations
