@@ -14,8 +14,9 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmark import report as reports
+from benchmark.document import write_pages
 from benchmark.runner import parse_traces, run_scenario
-from benchmark.scenario import SCENARIO_DIRECTORY, load_scenario
+from benchmark.scenario import SCENARIO_DIRECTORY, load_scenario, narrowed
 from symphony_sglang.errors import SymphonyError
 
 DEFAULT_OUTPUT = Path("benchmark/results/local")
@@ -29,6 +30,8 @@ def make_parser() -> argparse.ArgumentParser:
     run.add_argument("--trace", action="append", default=[], metavar="FAMILY=FILE")
     run.add_argument("--output", type=Path, default=DEFAULT_OUTPUT)
     run.add_argument("--repetitions", type=int, help="instead of the scenario's own")
+    run.add_argument("--arms", help="only these, separated by commas; the first is the baseline")
+    run.add_argument("--users", type=int, help="as many sessions, all at once")
     for name, text in (
         ("summarize", "compute the figures of measured runs"),
         ("report", "draw a summarized scenario"),
@@ -36,6 +39,8 @@ def make_parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text)
         command.add_argument("directory", type=Path)
     commands.add_parser("list", help="the scenarios that are here")
+    document = commands.add_parser("document", help="write docs' tables from the kept results")
+    document.add_argument("--check", action="store_true", help="only say which are out of date")
     return parser
 
 
@@ -51,12 +56,17 @@ def main() -> int:
                 scenario = load_scenario(path.stem)
                 console.print(f"{path.stem}: {scenario.title}", highlight=False)
             return 0
+        if arguments.command == "document":
+            stale = write_pages(check=arguments.check)
+            console.print(f"out of date: {', '.join(stale) or 'none'}", highlight=False)
+            return 1 if stale and arguments.check else 0
         if arguments.command == "run":
-            import msgspec
-
-            scenario = load_scenario(arguments.scenario)
-            if arguments.repetitions is not None:
-                scenario = msgspec.structs.replace(scenario, repetitions=arguments.repetitions)
+            scenario = narrowed(
+                load_scenario(arguments.scenario),
+                arguments.repetitions,
+                arguments.arms,
+                arguments.users,
+            )
             directory = arguments.output / scenario.name
             run_scenario(scenario, directory, parse_traces(arguments.trace), console)
         else:

@@ -149,3 +149,34 @@ def check_scenario(scenario: Scenario, path: Path) -> Scenario:
         if arm.advice is not None and arm.server != "symphony":
             raise ConfigError(f"{path}: arm {arm.name!r} is advised; only symphony servers can be")
     return scenario
+
+
+def narrowed(
+    scenario: Scenario, repetitions: int | None, arms: str | None, users: int | None
+) -> Scenario:
+    """The scenario with some of its settings replaced; its name says which workload it then is.
+
+    Raises:
+        ConfigError: an arm is not the scenario's, or a number is not positive.
+    """
+    changes: dict[str, object] = {}
+    if repetitions is not None:
+        changes["repetitions"] = repetitions
+    if arms is not None:
+        known = {arm.name: arm for arm in scenario.arm}
+        names = arms.split(",")
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise ConfigError(f"--arms: {unknown} are not among {sorted(known)}")
+        changes["arm"] = tuple(known[name] for name in names)
+        changes["baseline"] = names[0]
+    if users is not None:
+        if users < 1:
+            raise ConfigError(f"--users is {users}; expected at least 1")
+        changes["name"] = f"{scenario.name}-{users}-users"
+        changes["title"] = f"{scenario.title}; {users} users"
+        changes["workload"] = msgspec.structs.replace(
+            scenario.workload, sessions=users, concurrency=users
+        )
+    changed = msgspec.structs.replace(scenario, **changes)
+    return check_scenario(changed, Path(scenario.name))

@@ -12,7 +12,7 @@ import pytest
 
 from benchmark import report
 from benchmark.runner import End, Header, is_complete, pending_runs, read_run, run_path
-from benchmark.scenario import SCENARIO_DIRECTORY, Workload, load_scenario
+from benchmark.scenario import SCENARIO_DIRECTORY, Workload, load_scenario, narrowed
 from benchmark.statistics import compare, lookup, percentiles, run_figures, spread_of
 from benchmark.workloads import sessions_of
 from symphony_sglang.errors import ConfigError
@@ -223,3 +223,16 @@ def test_a_trace_that_was_not_given_is_asked_for_by_name() -> None:
     work = Workload(source="mooncake", sessions=1, session_requests=1, concurrency=1)
     with pytest.raises(ConfigError, match="--trace FAMILY=FILE"):
         list(sessions_of(work, {}))
+
+
+def test_a_scenario_is_narrowed_to_arms_and_users_and_says_so() -> None:
+    fleet = load_scenario("fleet")
+    narrow = narrowed(fleet, 1, "recompute,advised", 4)
+    assert (narrow.name, narrow.repetitions, narrow.baseline) == ("fleet-4-users", 1, "recompute")
+    assert [arm.name for arm in narrow.arm] == ["recompute", "advised"]
+    assert (narrow.workload.sessions, narrow.workload.concurrency) == (4, 4)
+    assert narrowed(fleet, None, None, None) == fleet
+    with pytest.raises(ConfigError, match="nobody"):
+        narrowed(fleet, None, "recompute,nobody", None)
+    with pytest.raises(ConfigError, match="--users is 0"):
+        narrowed(fleet, None, None, 0)
