@@ -6,6 +6,7 @@ SymphonyError
 ├── IncompatibleSglangError   the installed SGLang is not the one this package extends
 ├── TraceError             a trace line cannot be read
 ├── ServerUnavailableError a server did not come up, or stopped answering
+├── LeavingError           this server is ending, and its schedulers do not answer any more
 ├── NoWorkerError          no worker may take the request; `.reason` is a short code
 ├── ClientError            a server refused what a client asked; `.status` is its HTTP status
 │   ├── RequestRefusedError   the request is malformed, too large or not possible there (4xx)
@@ -118,6 +119,12 @@ class StoreKeyError(StoreError, ValueError):
     """A page key is not a 32-byte digest; the message gives its start."""
 
     code = "store_key"
+
+
+class LeavingError(SymphonyError):
+    """The server is ending, and answers nothing that its schedulers would have to say."""
+
+    code = "leaving"
 
 
 class NoWorkerError(SymphonyError):

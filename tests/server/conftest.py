@@ -7,6 +7,7 @@ over two tensor-parallel ranks. Tests must leave both idle, and may not assume a
 
 from __future__ import annotations
 
+import http.client
 import json
 import time
 import urllib.error
@@ -123,6 +124,16 @@ def cached(answer: dict[str, Any]) -> dict[str, int]:
     """Tokens found at each level, from the answer's ``meta_info``."""
     details = answer["meta_info"].get("cached_tokens_details") or {}
     return {level: int(details.get(level) or 0) for level in ("device", "host", "storage")}
+
+
+def read_to_its_end(answer: http.client.HTTPResponse) -> str:
+    """How a stream ends: ``whole``, or with which error."""
+    try:
+        while answer.read(1 << 16):
+            pass
+    except (http.client.HTTPException, OSError) as error:
+        return repr(error)
+    return "whole"
 
 
 def start_server(model: Path, log: Path, *flags: str) -> Server:

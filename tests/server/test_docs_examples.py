@@ -1,4 +1,4 @@
-"""Every `bash` and `python` block of the user's documents runs as it stands."""
+"""Every `bash` and `python` block of the documents runs as it stands."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from conftest import Server
 pytestmark = pytest.mark.server
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
-NAMES = ("quickstart.md", "advisories.md", "operations.md")
+# What cannot run as it stands is marked `sh`, or not at all.
 RUN = ("bash", "python")
 SECONDS_MAX = 120
 
@@ -37,7 +37,11 @@ def examples(text: str, name: str) -> list[Example]:
     return found
 
 
-EXAMPLES = [found for name in NAMES for found in examples((DOCS / name).read_text(), name)]
+EXAMPLES = [
+    found
+    for path in sorted(DOCS.rglob("*.md"))
+    for found in examples(path.read_text(), str(path.relative_to(DOCS)))
+]
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=[example.place for example in EXAMPLES])
@@ -67,6 +71,8 @@ def test_example_runs(example: Example, worker: Server, tmp_path: Path) -> None:
 def test_documents_have_examples_of_both_kinds() -> None:
     assert {example.language for example in EXAMPLES} == set(RUN)
     assert len(EXAMPLES) >= 8
+    pages = {example.place.partition(":")[0] for example in EXAMPLES}
+    assert {"quickstart.md", "advisories.md", "operations.md"} <= pages
     assert examples("```sh\nno\n```\n\n```bash\nyes\n```\n", "x") == [
         Example("x:5", "bash", "yes\n")
     ]

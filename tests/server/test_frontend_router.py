@@ -1,21 +1,17 @@
-"""Programs, clients and the live page on two live workers behind the router."""
+"""Programs and clients on two live workers behind the router."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sglang as sgl
-from browser import Page, find_browser
 from test_frontend import STORY, TURN, check_hints, outcome
 from test_router import random_ids, start_router, wait_workers
-from test_ui import STATE, WIDER, shots
 
 from conftest import PAGE_SIZE, Server, start_server
 from symphony_sglang import lang
@@ -101,42 +97,3 @@ def test_client_finds_the_session_wherever_it_is(router: Server) -> None:
         residency = client.residency()
         assert len(residency.workers) == 2
         assert all(worker.levels["device"] is not None for worker in residency.workers)
-
-
-def test_page_shows_two_workers_under_load(router: Server, tmp_path: Path) -> None:
-    find_browser()
-
-    def load() -> None:
-        with ThreadPoolExecutor(8) as pool:
-            list(
-                pool.map(
-                    lambda seed: router.greedy_one(
-                        random_ids(900, seed=seed), 24, session_id=f"load-{seed}"
-                    ),
-                    range(100, 124),
-                )
-            )
-
-    async def look() -> None:
-        async with Page(tmp_path) as page:
-            await page.open(f"{router.url}/symphony/ui")
-            await page.until(f"{STATE} === 'live'")
-            await page.until("document.querySelectorAll('.worker').length === 2")
-            await asyncio.to_thread(load)
-            await asyncio.sleep(1.5)
-            used = await page.value(
-                "[...document.querySelectorAll('.row[data-level=device] .num')]"
-                ".map((node) => parseInt(node.innerText))"
-            )
-            assert all(tokens > 900 for tokens in used), used
-            await page.submit("#session", "load-100")
-            await page.until("document.getElementById('found').innerText.includes(', on ')")
-            for scheme, width in (("light", 1280), ("dark", 400)):
-                await page.scheme(scheme)
-                await page.resize(width, 900)
-                await asyncio.sleep(1.0)
-                assert not await page.value(WIDER), (scheme, width)
-                await page.screenshot(shots(tmp_path) / f"two-{scheme}-{width}.png")
-            assert page.problems == []
-
-    asyncio.run(look())

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
 import pytest
 
-from conftest import Server, start_server
+from conftest import Server, read_to_its_end, start_server
 from symphony_sglang.workload.worker_process import WorkerProcess, free_port
 
 pytestmark = pytest.mark.server
@@ -147,14 +151,41 @@ def test_stock_sglang_with_symphony_off(model: Path, tmp_path: Path) -> None:
         server.worker.stop()
 
 
+def ask_until_refused(server: Server) -> str:
+    """Ask for the residency until nobody listens any more; ``refused`` where no answer stays out.
+
+    An answer that the schedulers can no longer give would hold the server up for ever.
+    """
+    while True:
+        try:
+            with urllib.request.urlopen(f"{server.url}/symphony/residency", timeout=20) as answer:
+                answer.read()
+        except urllib.error.HTTPError as error:
+            if error.code != 503:
+                return repr(error)
+        except TimeoutError as error:
+            return repr(error)
+        except (OSError, http.client.HTTPException):
+            return "refused"
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_shutdown_leaves_no_process(model: Path, tmp_path: Path, ranks: int) -> None:
+def test_shutdown_is_prompt_and_leaves_no_process(model: Path, tmp_path: Path, ranks: int) -> None:
     server = start_server(model, tmp_path / "stop.log", "--tp", str(ranks))
     assert server.worker.process is not None
     tree = [server.worker.process.pid]
     tree += [child.pid for child in psutil.Process(tree[0]).children(recursive=True)]
     assert len(tree) >= 2 + ranks
-    server.worker.stop()
+    with ThreadPoolExecutor() as pool:
+        # Whoever watches is let go, and whoever asks in the last moment too.
+        events = f"{server.url}/symphony/events?interval_s=60"
+        watching = pool.submit(read_to_its_end, urllib.request.urlopen(events, timeout=60))
+        asking = [pool.submit(ask_until_refused, server) for _ in range(4)]
+        server.worker.stop()
+        assert watching.result() == "whole"
+        assert [each.result() for each in asking] == ["refused"] * 4
+    # Not by the SIGKILL that stands behind SIGTERM.
+    assert server.worker.process.returncode == 0
     deadline = time.monotonic() + 10  # noqa: TID251 - waits for real processes
     while any(psutil.pid_exists(pid) for pid in tree):
         assert time.monotonic() < deadline, [p for p in tree if psutil.pid_exists(p)]  # noqa: TID251

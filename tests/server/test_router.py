@@ -20,8 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_frontend import check_hints
 
 from conftest import Answer, Server
+from symphony_sglang.lang import SymphonyEndpoint
 from symphony_sglang.workload.worker_process import WorkerProcess, free_port
 
 pytestmark = pytest.mark.server
@@ -279,21 +281,32 @@ def test_frontend_programs_run_through_it(fleet: Fleet) -> None:
     import sglang
     from sglang.test import test_programs
 
-    backend = sglang.RuntimeEndpoint(fleet.ours.url)
+    # Those whose checks a model with random weights can pass. The others judge its answers.
+    programs = (
+        test_programs.test_mt_bench,
+        lambda: test_programs.test_select(check_answer=False),
+        lambda: test_programs.test_expert_answer(check_answer=False),
+        test_programs.test_parallel_decoding,
+        test_programs.test_stream,
+    )
+    ours = SymphonyEndpoint(fleet.ours.url)
+    # RuntimeEndpoint's parallel_encoding asks for a route that no SGLang server has.
+    arms = (
+        (sglang.RuntimeEndpoint(fleet.ours.url), programs[1:2]),
+        (ours, (*programs, lambda: test_programs.test_parallel_encoding(check_answer=False))),
+    )
     before = sglang.global_config.default_backend
-    sglang.set_default_backend(backend)
     try:
-        # Those whose checks a model with random weights can pass. The others judge its answers;
-        # parallel_encoding asks for a route that no SGLang server has.
-        test_programs.test_mt_bench()
-        test_programs.test_select(check_answer=False)
-        test_programs.test_expert_answer(check_answer=False)
-        test_programs.test_parallel_decoding()
-        test_programs.test_stream()
-        backend.flush_cache()
+        for backend, chosen in arms:
+            sglang.set_default_backend(backend)
+            for program in chosen:
+                program()
+            backend.flush_cache()
+        check_hints(ours)
     finally:
         sglang.set_default_backend(before)
-        backend.shutdown()
+        for backend, _chosen in arms:
+            backend.shutdown()
 
 
 def test_prompts_go_where_their_prefix_is(fleet: Fleet) -> None:

@@ -125,9 +125,9 @@ def test_page_shows_a_worker_under_load(worker: Server, tmp_path: Path) -> None:
             assert hot
             await page.until(f"{PREFIXES} === '{','.join(each['prefix'] for each in hot)}'")
             await page.submit("#session", "page-1")
-            await page.until(f"{text_of('found')}.includes('turns')")
+            await page.until(f"{text_of('found')}.includes('idle')")
             found = await page.value(text_of("found"))
-            assert f"{turns} turns" in found
+            assert f"{turns} turn" in found
             assert advisory_id in found
             assert "ready" in found
             await page.submit("#session", "nobody")

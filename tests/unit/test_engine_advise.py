@@ -155,3 +155,21 @@ def test_hints_that_ride_along_pass_the_same_budget_and_are_dropped_beyond_it(ov
         return len(world.schedulers.states)
 
     assert asyncio.run(run()) == 2
+
+
+@pytest.mark.parametrize("implicit_hints", [True, False])
+def test_implied_hints_of_a_router_are_taken_only_where_they_are_on(
+    *, implicit_hints: bool
+) -> None:
+    async def run() -> list[str]:
+        world = World(implicit_hints=implicit_hints)
+        payload = {"session_id": "parent"}
+        actions = [
+            {"action_id": name, "action_type": "prefetch", "payload": payload}
+            for name in ("implicit:parent", "mine")
+        ]
+        message = parse_advise({"protocol_version": "0.1", "actions": actions})
+        await world.service.advise(message, "router")
+        return [action.verb for action in world.schedulers.asked]
+
+    assert asyncio.run(run()) == ["prefetch" if implicit_hints else "unsupported", "prefetch"]

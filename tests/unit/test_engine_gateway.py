@@ -83,3 +83,18 @@ def test_a_caller_that_goes_away_holds_up_nobody() -> None:
         return first.result(), last.result()
 
     assert asyncio.run(run()) == (2, 6)
+
+
+def test_a_caller_that_goes_away_while_all_are_asked_takes_no_answer_with_it() -> None:
+    async def run() -> list[Any]:
+        scheduler, loop = Scheduler(), asyncio.get_running_loop()
+        gateway = Gateway(scheduler.ask)
+        tasks = [loop.create_task(gateway.submit(number)) for number in range(3)]
+        while not scheduler.batches:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        tasks[0].cancel()
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    gone, *others = asyncio.run(run())
+    assert isinstance(gone, asyncio.CancelledError)
+    assert others == [2, 4]

@@ -13,6 +13,8 @@ FINAL_HEADER = "x-dynamo-session-final"
 CLAUDE_SESSION = "x-claude-code-session-id"
 CLAUDE_AGENT = "x-claude-code-agent-id"
 CLAUDE_PARENT_AGENT = "x-claude-code-parent-agent-id"
+# Without one of these a request names no parent.
+CHILD_HEADERS = (*PARENT_HEADERS, CLAUDE_AGENT)
 
 
 def usable(value: object, characters_max: int) -> str | None:

@@ -20,6 +20,8 @@ from symphony_sglang.errors import HintError
 PROTOCOL_VERSION = "0.1"
 ACTION_VERSIONS = ("1", "1.0")
 OWN_PREFIX = "symphony."
+# Action ids of hints that nobody wrote: a tool call or a sub-agent implies them.
+IMPLICIT_PREFIX = "implicit:"
 SELECTORS = ("session_id", "input_ids", "text", "messages")
 SELECTOR_FIELDS = (*SELECTORS, "extra_key", "cache_salt")
 SESSION_HEADERS = (

@@ -14,13 +14,9 @@ from symphony_sglang.core.budget import Admission, CallerBudget, CallerLimits, R
 from symphony_sglang.core.lifecycle import FINAL_STATES
 from symphony_sglang.core.prefix import pack_tokens
 from symphony_sglang.engine.gateway import Gateway
-from symphony_sglang.engine.messages import (
-    COMMUNICATOR_NAME,
-    AdvisoryAction,
-    AdvisoryBatch,
-    ControlReply,
-)
+from symphony_sglang.engine.messages import AdvisoryAction, AdvisoryBatch
 from symphony_sglang.engine.metrics import http_metrics
+from symphony_sglang.engine.schedulers import ask_schedulers
 from symphony_sglang.errors import HintError, UnsupportedError
 
 logger = logging.getLogger(__name__)
@@ -58,10 +54,8 @@ class AdviseService:
         self._refreshed: dict[str, float] = {}
 
     async def _ask(self, actions: list[AdvisoryAction]) -> list[dict[str, Any]]:
-        self._manager.auto_create_handle_loop()
-        communicator = getattr(self._manager, f"{COMMUNICATOR_NAME}_communicator")
         batch = AdvisoryBatch(actions=actions, sent_seconds=self._clock.monotonic())
-        replies: list[ControlReply] = await communicator(batch)
+        replies = await ask_schedulers(self._manager, batch)
         if "error" in replies[0].body:
             raise UnsupportedError(replies[0].body["error"])
         # Data-parallel ranks keep sessions of their own: the one that knows this one answers.
@@ -155,6 +149,10 @@ class AdviseService:
     async def action(self, hint: hints.Hint, caller: str) -> AdvisoryAction:
         """One hint with its prefix tokenized; text and messages leave the event loop for that."""
         common: dict[str, Any] = {"action_id": hint.action_id, "caller": caller}
+        # A router implies hints too, and does not know what this worker was told.
+        implicit = (hint.action_id or "").startswith(hints.IMPLICIT_PREFIX)
+        if implicit and not self.config.implicit_hints:
+            return self.unsupported("implicit_hints_off", common)
         match hint.action:
             case hints.Prefetch() as prefetch:
                 return AdvisoryAction(
@@ -201,6 +199,10 @@ class AdviseService:
                 reason = "share_needs_the_router"
             case _:
                 reason = "not_yet_supported"
+        return self.unsupported(reason, common)
+
+    @staticmethod
+    def unsupported(reason: str, common: dict[str, Any]) -> AdvisoryAction:
         return AdvisoryAction(
             verb="unsupported", advisory_id=new_advisory_id(), reason=reason, **common
         )

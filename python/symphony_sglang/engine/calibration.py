@@ -19,9 +19,10 @@ from typing import Any
 
 from symphony_sglang.clock import Clock, SystemClock
 from symphony_sglang.core.gate import GateSnapshot, Rate, fit_rate
-from symphony_sglang.engine.messages import COMMUNICATOR_NAME, CalibrationRequest, ControlReply
+from symphony_sglang.engine.messages import CalibrationRequest, ControlReply
 from symphony_sglang.engine.nvme_backend import NvmeBackend
 from symphony_sglang.engine.rates import rates_from_json, rates_json
+from symphony_sglang.engine.schedulers import ask_schedulers
 
 # Prompts of the prefill measurement: one to wake the model up, a short and a long one.
 SHORT_TOKENS, LONG_TOKENS = 256, 1024
@@ -51,7 +52,7 @@ async def warm_up(_disaggregation_mode: str, manager: Any) -> None:
         if known is None:
             known = await measure(manager)
             file.save(key, known)
-        await ask(manager, CalibrationRequest(speeds=known))
+        await ask_schedulers(manager, CalibrationRequest(speeds=known))
         logger.info("break-even gate: %s", speeds_text(rates_from_json(known)))
     except Exception:
         logger.exception("calibration failed; every level is used until it has been measured")
@@ -67,7 +68,7 @@ async def measure(manager: Any) -> dict[str, float | None]:
             break
     speeds: dict[str, float | None] = {}
     for _ in range(FLUSH_ATTEMPTS):
-        replies = await ask(manager, CalibrationRequest())
+        replies = await ask_schedulers(manager, CalibrationRequest())
         measured = [reply.body["speeds"] for reply in replies]
         speeds = next((s for s in measured if s["prefill_tokens_per_second"]), measured[0])
         # Loads are timed alone: while the prompts' own backup is under way, there is no figure.
@@ -95,13 +96,6 @@ async def prefill(manager: Any, tokens: int) -> None:
     )
     async for _ in manager.generate_request(request, None):
         pass
-
-
-async def ask(manager: Any, question: CalibrationRequest) -> list[ControlReply]:
-    manager.auto_create_handle_loop()
-    communicator = getattr(manager, f"{COMMUNICATOR_NAME}_communicator")
-    replies: list[ControlReply] = await communicator(question)
-    return replies
 
 
 def machine_key(manager: Any) -> str:

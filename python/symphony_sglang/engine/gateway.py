@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 BATCH_MAX = 256
 PENDING_MAX = 20_000
@@ -21,16 +20,14 @@ class GatewayFullError(Exception):
     """More callers wait than the gateway holds; the caller should try again later."""
 
 
-@dataclass(slots=True)
-class _Entry:
+class _Entry(NamedTuple):
     action: Any
-    reply: Any = None
-    error: BaseException | None = None
-    done: bool = False
+    reply: asyncio.Future[Any]
 
 
 class Gateway:
-    """Collects actions and sends them in batches; whoever holds the lock sends for all."""
+    """Collects actions and sends them in batches, by one task of its own: a caller that goes away
+    takes nobody's answer with it."""
 
     def __init__(
         self, ask: Ask, *, batch_max: int = BATCH_MAX, pending_max: int = PENDING_MAX
@@ -39,7 +36,7 @@ class Gateway:
         self._batch_max = batch_max
         self._pending_max = pending_max
         self._pending: list[_Entry] = []
-        self._lock = asyncio.Lock()
+        self._sender: asyncio.Task[None] | None = None
 
     async def submit(self, action: Any) -> Any:
         """The schedulers' answer to `action`.
@@ -49,27 +46,25 @@ class Gateway:
         """
         if len(self._pending) >= self._pending_max:
             raise GatewayFullError(f"{len(self._pending)} control messages wait already")
-        entry = _Entry(action)
+        loop = asyncio.get_running_loop()
+        entry = _Entry(action, loop.create_future())
         self._pending.append(entry)
-        async with self._lock:
-            # The lock is first come, first served: whoever got it before may have sent for us.
-            while not entry.done:
-                await self._send_batch()
-        if entry.error is not None:
-            raise entry.error
-        return entry.reply
+        if self._sender is None or self._sender.done():
+            self._sender = loop.create_task(self._send_all(), name="symphony.gateway")
+        return await entry.reply
 
-    async def _send_batch(self) -> None:
-        batch, self._pending = (
-            self._pending[: self._batch_max],
-            self._pending[self._batch_max :],
-        )
-        try:
-            replies = await self._ask([entry.action for entry in batch])
-            assert len(replies) == len(batch), (len(replies), len(batch))
-        except BaseException as error:
-            for entry in batch:
-                entry.error, entry.done = error, True
-            raise
-        for entry, reply in zip(batch, replies, strict=True):
-            entry.reply, entry.done = reply, True
+    async def _send_all(self) -> None:
+        while self._pending:
+            batch = self._pending[: self._batch_max]
+            self._pending = self._pending[self._batch_max :]
+            try:
+                replies = await self._ask([entry.action for entry in batch])
+                assert len(replies) == len(batch), (len(replies), len(batch))
+            except Exception as error:  # noqa: BLE001 - the callers get it
+                for entry in batch:
+                    if not entry.reply.done():
+                        entry.reply.set_exception(error)
+            else:
+                for entry, reply in zip(batch, replies, strict=True):
+                    if not entry.reply.done():  # its caller may have gone
+                        entry.reply.set_result(reply)

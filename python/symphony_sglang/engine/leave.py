@@ -9,7 +9,8 @@ from typing import Any
 
 from symphony_sglang.clock import Clock, SystemClock
 from symphony_sglang.config import SymphonyConfig
-from symphony_sglang.engine.messages import COMMUNICATOR_NAME, ControlReply, PeerRequest
+from symphony_sglang.engine.messages import PeerRequest
+from symphony_sglang.engine.schedulers import ask_schedulers, departure
 
 WATCHDOG_HOOK = "sglang.srt.managers.tokenizer_manager.TokenizerManager.sigterm_watchdog"
 POLL_SECONDS = 0.1
@@ -29,6 +30,7 @@ async def hand_off_then_leave(original: Callable[[Any], Awaitable[None]], manage
     """
     while not manager.gracefully_exit:  # noqa: ASYNC110 - a signal handler sets it
         await asyncio.sleep(SIGNAL_POLL_SECONDS)
+    departure.begun.set()
     grace_seconds = SymphonyConfig.from_environment().grace
     if grace_seconds > 0:
         try:
@@ -37,6 +39,7 @@ async def hand_off_then_leave(original: Callable[[Any], Awaitable[None]], manage
         except Exception:  # whatever goes wrong here, the server must end
             logger.exception("handing sessions off failed")
     await original(manager)
+    departure.end()
 
 
 async def hand_off(
@@ -64,11 +67,10 @@ async def hand_off(
 
 async def ask_ranks(manager: Any) -> tuple[int, int] | None:
     """Tell the ranks that the worker leaves, which the feed passes on, and how far it is."""
-    communicator = getattr(manager, f"{COMMUNICATOR_NAME}_communicator")
     request = PeerRequest(verb="leave", sent_seconds=SystemClock().monotonic())
     try:
         async with asyncio.timeout(ANSWER_SECONDS_MAX):
-            replies: list[ControlReply] = await communicator(request)
+            replies = await ask_schedulers(manager, request)
     except TimeoutError:
         return None
     bodies = [reply.body for reply in replies if "sessions" in reply.body]

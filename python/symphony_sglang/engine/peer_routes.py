@@ -14,8 +14,9 @@ from symphony_sglang.clock import SystemClock
 from symphony_sglang.core.migration import Order, OrderKind
 from symphony_sglang.core.prefix import TOKEN_MAX, pack_tokens
 from symphony_sglang.engine.advise import merge_answers, new_advisory_id
-from symphony_sglang.engine.messages import COMMUNICATOR_NAME, ControlReply, PeerRequest
+from symphony_sglang.engine.messages import PeerRequest
 from symphony_sglang.engine.routes import read_body, require_our_cache, tokenizer_manager
+from symphony_sglang.engine.schedulers import ask_schedulers
 from symphony_sglang.errors import ConfigError
 from symphony_sglang.wire.page_client import split_address
 
@@ -120,10 +121,7 @@ def check_order(body: OrderBody) -> None:
 
 async def ask(request: PeerRequest) -> dict[str, Any]:
     """The schedulers' answer; 409 where the worker has no peer level."""
-    manager = tokenizer_manager()
-    manager.auto_create_handle_loop()
-    communicator = getattr(manager, f"{COMMUNICATOR_NAME}_communicator")
-    replies: list[ControlReply] = await communicator(request)
+    replies = await ask_schedulers(tokenizer_manager(), request)
     answer: dict[str, Any] = merge_answers(tuple(reply.body for reply in replies))
     if "error" in answer:
         raise HTTPException(409, answer["error"])

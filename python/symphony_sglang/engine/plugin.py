@@ -96,9 +96,11 @@ def _register_routes() -> None:
     from sglang.srt.entrypoints import http_server
 
     from symphony_sglang.engine import feed_routes, peer_routes, ui_routes
-    from symphony_sglang.engine.routes import BusyError, answer_busy, router
+    from symphony_sglang.engine.routes import BusyError, answer_busy, answer_leaving, router
+    from symphony_sglang.errors import LeavingError
 
     http_server.app.add_exception_handler(BusyError, answer_busy)
+    http_server.app.add_exception_handler(LeavingError, answer_leaving)
     for part in (router, feed_routes.router, peer_routes.router, ui_routes.router):
         part.route_class = http_server.ORJSONRoute
         http_server.app.include_router(part)

@@ -25,7 +25,7 @@ CHAT_ANSWER_HOOK = f"{CHAT}._handle_non_streaming_request"
 TOOL_CALLS = "tool_calls"
 # As a chunk's JSON has it. Generated text cannot hold it: its quotes are escaped there.
 TOOL_CALLS_MARK = f'"finish_reason":"{TOOL_CALLS}"'
-IMPLICIT_ACTION_ID = f"implicit:{TOOL_CALLS}"
+IMPLICIT_ACTION_ID = f"{hints.IMPLICIT_PREFIX}{TOOL_CALLS}"
 # A tool that takes longer than this is rare, and its session is then an ordinary one.
 IMPLICIT_EXPIRES_SECONDS = 60.0
 # Below what a caller asks for by name.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import orjson
@@ -17,12 +18,8 @@ from sglang.srt.utils.auth import AuthLevel, auth_level
 from symphony_sglang.core import hints
 from symphony_sglang.engine.advise import AdviseService
 from symphony_sglang.engine.gateway import GatewayFullError
-from symphony_sglang.engine.messages import (
-    COMMUNICATOR_NAME,
-    AdvisoryAction,
-    ControlReply,
-    ResidencyRequest,
-)
+from symphony_sglang.engine.messages import AdvisoryAction, ResidencyRequest
+from symphony_sglang.engine.schedulers import ask_schedulers
 from symphony_sglang.errors import HintError, UnsupportedError
 
 router = APIRouter(prefix="/symphony", tags=["symphony"])
@@ -42,16 +39,28 @@ class BusyError(HTTPException):
 
 
 async def answer_busy(_request: Request, error: Exception) -> ORJSONResponse:
-    """A `BusyError` in the shape of SGLang's errors (http_server.py:627)."""
+    """A `BusyError` in the shape of SGLang's errors."""
     assert isinstance(error, BusyError)
+    return error_answer(429, error.detail, error.headers)
+
+
+async def answer_leaving(_request: Request, error: Exception) -> ORJSONResponse:
+    """503: the server is ending; another one, or the next, may know."""
+    return error_answer(503, str(error))
+
+
+def error_answer(
+    status: int, message: str, headers: Mapping[str, str] | None = None
+) -> ORJSONResponse:
+    """As SGLang has it (http_server.py:627)."""
     body = {
         "object": "error",
-        "message": error.detail,
-        "type": "429",
+        "message": message,
+        "type": str(status),
         "param": None,
-        "code": 429,
+        "code": status,
     }
-    return ORJSONResponse(body, 429, error.headers)
+    return ORJSONResponse(body, status, headers)
 
 
 def tokenizer_manager() -> Any:
@@ -118,10 +127,7 @@ async def submit(request: Request, action: AdvisoryAction) -> dict[str, Any]:
 async def get_residency() -> dict[str, Any]:
     """Used and total tokens and bytes of every level, with counters, per data-parallel rank."""
     require_our_cache()
-    manager = tokenizer_manager()
-    manager.auto_create_handle_loop()
-    communicator = getattr(manager, f"{COMMUNICATOR_NAME}_communicator")
-    replies: list[ControlReply] = await communicator(ResidencyRequest())
+    replies = await ask_schedulers(tokenizer_manager(), ResidencyRequest())
     ranks = [reply.body for reply in replies]
     return {**ranks[0], "ranks": ranks} if len(ranks) > 1 else ranks[0]
 

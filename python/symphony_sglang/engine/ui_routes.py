@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -14,6 +15,8 @@ from sglang.srt.utils.auth import AuthDecision, AuthLevel, auth_level
 from symphony_sglang import ui
 from symphony_sglang.clock import SystemClock
 from symphony_sglang.engine.routes import get_residency, require_our_cache
+from symphony_sglang.engine.schedulers import departure
+from symphony_sglang.errors import LeavingError
 
 router = APIRouter(prefix="/symphony", tags=["symphony"])
 clock = SystemClock()
@@ -55,15 +58,19 @@ class ResidencyFeed:
             return self._sample
 
     async def events(self, interval_seconds: float) -> AsyncIterator[bytes]:
-        """A ``residency`` event at once, and then one an interval."""
+        """A ``residency`` event at once, and then one an interval, until the server ends."""
         ends_seconds = clock.monotonic() + STREAM_SECONDS_MAX
         self.listeners += 1
         try:
-            while clock.monotonic() < ends_seconds:
+            while clock.monotonic() < ends_seconds and not departure.begun.is_set():
                 # Half an interval: two listeners share a sample, and neither sees one twice.
                 sample = await self.sample(interval_seconds / 2)
                 yield b"event: residency\ndata: " + sample + b"\n\n"
-                await asyncio.sleep(interval_seconds)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(interval_seconds):
+                        await departure.begun.wait()
+        except LeavingError:
+            pass  # in the middle of a sample
         finally:
             self.listeners -= 1
 
@@ -91,6 +98,8 @@ async def get_events(
 ) -> StreamingResponse:
     """Server-sent events: the residency once at once and then every `interval_s` seconds."""
     require_our_cache()
+    if departure.begun.is_set():
+        raise LeavingError("the server is ending")
     feed = feed_of(request)
     if feed.listeners >= LISTENERS_MAX:
         raise HTTPException(503, f"{feed.listeners} listeners already; expected at most that")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from symphony_sglang.clock import Clock
@@ -93,6 +94,8 @@ class Proxy:
         self._metrics = metrics
         self._chance = chance
         self._background = background
+        # Told of each request that goes to a worker; set by who wants to know.
+        self.on_sent: Callable[[Request, Placed], None] | None = None
 
     async def forward(self, request: Request) -> None:
         """Answer `request` with what a worker says."""
@@ -182,6 +185,8 @@ class Proxy:
         attempt = Attempt(placed)
         self._registry.began(worker)
         self._placement.sent(placed)
+        if self.on_sent is not None:
+            self.on_sent(request, placed)
         try:
             await self._placement.prepare(placed)
             attempt.response = await worker.pool.request(

@@ -28,7 +28,7 @@ FANNED_OUT = (
 
 
 def make_routes(service: RouterService) -> Routes:
-    fleet, desk, proxy = service.fleet, service.desk, service.proxy
+    fleet, desk, proxy, live = service.fleet, service.desk, service.proxy, service.live
     routes = Routes()
     largest = service.settings.max_payload_size
     for path in FORWARDED:
@@ -74,8 +74,8 @@ def make_routes(service: RouterService) -> Routes:
     routes.add("GET", "/symphony/sessions/{id}", desk.get_session)
     routes.add("DELETE", "/symphony/sessions/{id}", desk.end_session)
     routes.add("GET", "/symphony/residency", desk.residency)
-    routes.add("GET", "/symphony/events", desk.events)
-    routes.add("GET", "/symphony/ui", desk.page, Access.OPEN)
+    routes.add("GET", "/symphony/events", live.events)
+    routes.add("GET", "/symphony/ui", live.page, Access.OPEN)
     routes.add("POST", "/symphony/migrate", desk.migrate, Access.CONTROL)
     routes.add("GET", "/symphony/moves", desk.list_moves)
     routes.add("GET", "/symphony/moves/{id}", desk.get_move)

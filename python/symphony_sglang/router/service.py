@@ -22,6 +22,7 @@ from symphony_sglang.core.migration_book import BookLimits
 from symphony_sglang.core.routing_policies import make_policy
 from symphony_sglang.core.routing_types import PolicySettings
 from symphony_sglang.errors import ConfigError
+from symphony_sglang.router.agents import ParentHints
 from symphony_sglang.router.app import App
 from symphony_sglang.router.arguments import RouterSettings
 from symphony_sglang.router.auth import Keys
@@ -33,6 +34,7 @@ from symphony_sglang.router.feeds import Feeds
 from symphony_sglang.router.fleet import Fleet
 from symphony_sglang.router.health import HealthMonitor, HealthSettings
 from symphony_sglang.router.limits import LimitSettings, RequestGate
+from symphony_sglang.router.live import LiveView
 from symphony_sglang.router.moves import Mover, NoMover
 from symphony_sglang.router.moves_copies import PrefixCopies
 from symphony_sglang.router.moves_demand import MovingRequests
@@ -128,6 +130,11 @@ class RouterService:
             metrics=self.metrics,
             clock=self.clock,
         )
+        self.live = LiveView(self.desk.residency_document, self.mover)
+        self.parents = ParentHints(
+            self.desk.advise_parent, self.placement, self.background, self.clock
+        )
+        self.proxy.on_sent = self.parents.sent
         self._make_face()
 
     def _make_mover(self, limits: BookLimits) -> None:
@@ -228,6 +235,8 @@ class RouterService:
         self.placement.text_pages.check()
         self.placement.ledger.check()
         self.desk.check()
+        self.live.check()
+        self.parents.check()
         if isinstance(self.mover, SessionMover):
             self.mover.check()
 
@@ -258,6 +267,7 @@ class RouterService:
             )  # fmt: skip
             await signals.get()
             logger.info("draining %d requests", sum(worker.active for worker in self.registry))
+            self.live.leave()
             stop = asyncio.ensure_future(  # noqa: TID251 - awaited right below
                 self.server.stop(float(settings.shutdown_grace_period_secs))
             )

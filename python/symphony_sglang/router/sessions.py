@@ -15,7 +15,7 @@ NAMES = frozenset(name.encode("ascii") for name in SESSION_HEADERS)
 ID_CHARACTERS_MAX = HintLimits().id_characters_max
 
 
-class _TextHeaders(Mapping[str, str]):
+class TextHeaders(Mapping[str, str]):
     """A request's headers by name as text, decoded when looked up."""
 
     def __init__(self, headers: dict[bytes, bytes]) -> None:
@@ -34,7 +34,7 @@ class _TextHeaders(Mapping[str, str]):
 def session_of(request: Request, fields: RequestFields) -> str | None:
     """The session that the caller names, in the order in which the workers look for it."""
     if fields.session_id is not None or not NAMES.isdisjoint(request.headers):
-        found = find_session_id(fields.session_id, _TextHeaders(request.headers))
+        found = find_session_id(fields.session_id, TextHeaders(request.headers))
         if found is not None:
             return found
     others = [request.header(name) for name in MORE_HEADERS]

@@ -1,9 +1,10 @@
-"""The ``/symphony`` routes of the router: advisories, sessions, residency, moves, the live page."""
+"""The ``/symphony`` routes of the router: advisories, sessions, residency and moves."""
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ import msgspec
 from symphony_sglang.clock import Clock
 from symphony_sglang.core import hints
 from symphony_sglang.core.levels import Target
+from symphony_sglang.core.parent_hints import ParentHint
 from symphony_sglang.core.prefix import NO_NAMESPACE
 from symphony_sglang.core.routing_types import AdvisedPlace, AdvisoryChoice, RouteRequest
 from symphony_sglang.errors import HintError, NoWorkerError
@@ -32,12 +34,10 @@ from symphony_sglang.router.sessions import session_key
 from symphony_sglang.router.tokens import NO_TOKENS, Prompt, Tokens
 from symphony_sglang.router.upstream import UpstreamError
 from symphony_sglang.telemetry.router import RouterMetrics
-from symphony_sglang.ui import MEDIA_TYPE, page, page_headers
+
+logger = logging.getLogger(__name__)
 
 ASK_SECONDS_MAX = 10.0
-LISTENERS_MAX = 64
-LISTEN_SECONDS_MAX = 600.0
-INTERVAL_SECONDS = (0.2, 1.0, 60.0)  # least, default, most
 READY_STATES = ("ready",)
 FAILED_STATUSES = ("missing", "rejected", "unsupported", "deferred")
 
@@ -76,7 +76,6 @@ class SymphonyDesk:
         self._mover = mover
         self._metrics = metrics
         self._clock = clock
-        self._listeners = 0
         placement.advised_places = lambda key: self.memory.places(key, clock.monotonic())
         placement.promise = self.memory.promise
         registry.events.removed.append(self._on_removed)
@@ -90,7 +89,6 @@ class SymphonyDesk:
 
     def check(self) -> None:
         self.memory.check()
-        assert 0 <= self._listeners <= LISTENERS_MAX
 
     # Advisories -------------------------------------------------------------------------------
 
@@ -121,6 +119,30 @@ class SymphonyDesk:
             self._metrics.advised(str(errand.receipt.get("status", "rejected")))
         receipts = [errand.receipt for errand in errands]
         request.reply_json(202, {"message_id": message_id, "receipts": receipts})
+
+    async def advise_parent(self, request: Request, hint: ParentHint, key: str) -> None:
+        """Carry out what a sub-agent's request says of its parent; nobody waits for it.
+
+        While the sub-agent works, the parent is kept where it is. When it is the parent's turn, it
+        is prepared where that turn should be served.
+        """
+        [parsed] = hint.message.hints
+        try:
+            if hint.final:
+                errand = await self._errand(0, hint.action, parsed)
+            else:
+                place = self._placement.index.session(key)
+                here = self._mover.place(key) or (place.worker_id if place else None)
+                errand = self._errand_to(0, hint.action, parsed, here)
+                errand.key = key
+            if errand.receipt:
+                self._take_receipt(errand)
+            else:
+                await self._forward(request, f"msg-{uuid.uuid4().hex}", [errand], None)
+        except ApiError as error:
+            logger.info("a sub-agent's hint about %r was not taken: %s", hint.parent_id, error)
+            return
+        self._metrics.advised(str(errand.receipt.get("status", "rejected")))
 
     async def _errand(self, position: int, raw: Any, hint: hints.Hint) -> Errand:
         action = hint.action
@@ -407,9 +429,10 @@ class SymphonyDesk:
     # Residency and moves ----------------------------------------------------------------------
 
     async def residency(self, request: Request) -> None:
-        request.reply_json(200, await self._residency_document())
+        request.reply_json(200, await self.residency_document())
 
-    async def _residency_document(self) -> dict[str, Any]:
+    async def residency_document(self) -> dict[str, Any]:
+        """All workers with what each says of itself, and the latest moves."""
         workers = list(self._registry)
         answers = await asyncio.gather(
             *(self._ask(w, "GET", "/symphony/residency", b"", None) for w in workers)
@@ -434,48 +457,6 @@ class SymphonyDesk:
         if record is None:
             raise ApiError(404, "not_found", f"move {move_id[:256]!r} is not known")
         request.reply_json(200, record)
-
-    # The live page ----------------------------------------------------------------------------
-
-    async def page(self, request: Request) -> None:
-        named = {"content-type": MEDIA_TYPE, **page_headers()}
-        headers = [(n.lower().encode("ascii"), v.encode("latin-1")) for n, v in named.items()]
-        request.reply(200, page(), *headers)
-
-    async def events(self, request: Request) -> None:
-        """Residency as server-sent events, until the listener leaves or the time is over."""
-        least, default, most = INTERVAL_SECONDS
-        text = request.query.get("interval_s", str(default))
-        try:
-            interval = float(text)
-        except ValueError:
-            interval = -1.0
-        if not least <= interval <= most:
-            raise ApiError(
-                400,
-                "invalid_request",
-                f"interval_s: {text[:80]!r}; expected a number from {least:g} to {most:g}",
-            )
-        if self._listeners >= LISTENERS_MAX:
-            raise ApiError(503, "too_many_listeners", f"{self._listeners} listeners already")
-        self._listeners += 1
-        try:
-            headers = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-store")]
-            request.start(200, headers)
-            deadline = self._clock.monotonic() + LISTEN_SECONDS_MAX
-            _old, seen = self._mover.changed(0)
-            while self._clock.monotonic() < deadline:
-                moves, seen = self._mover.changed(seen)
-                for move in moves:
-                    data = msgspec.json.encode(move)
-                    request.send(b"event: move\ndata: " + data + b"\n\n", more=True)
-                data = msgspec.json.encode(await self._residency_document())
-                request.send(b"event: residency\ndata: " + data + b"\n\n", more=True)
-                await request.drained()
-                await asyncio.sleep(interval)
-            request.send(b"", more=False)
-        finally:
-            self._listeners -= 1
 
 
 def detail_of(document: Any) -> str:

@@ -99,7 +99,7 @@ class Worker:
     )
     IMPLICIT = counter(
         "symphony:implicit_advisories_total",
-        "Advisories that the end of a turn implied, by what the turn ended with",
+        "Advisories that nobody wrote: a turn ended with tool calls, or a sub-agent asked (parent)",
         "cause",
     )
     HINTS_REFUSED = counter(
