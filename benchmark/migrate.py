@@ -152,7 +152,8 @@ def raw_server(memory: memoryview, buffer_bytes: int) -> socket.socket:
             with sock:
                 left = int.from_bytes(sock.recv(8), "little")
                 while left:
-                    step = memory[: min(left, RAW_STEP * 64, len(memory))]
+                    # The same memory as the pages', of which no cache holds much.
+                    step = memory[:left]
                     sock.sendall(step)
                     left -= len(step)
 

@@ -1,14 +1,14 @@
 """``python -m benchmark.reproduce [--output DIR]``: SYMPHONY's results (NSDI'26), simulated.
 
 Three steps, each on the file of the one before: `run` simulates and writes ``rows.jsonl``,
-`summarize` computes ``summary.json``, `plot` draws. Without a step all three are done. Equal seeds
-give equal rows but for ``wall_seconds``.
+`summarize` computes ``summary.json``, `plot` draws. Without a step all three are done. `--page
+docs/simulator.md` also fills the tables of that page, as the step `document` does alone. Equal
+seeds give equal rows but for ``cpu_seconds``.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import sys
 from pathlib import Path
@@ -16,6 +16,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
+from benchmark.reproduce_document import document, read_validations
 from benchmark.reproduce_plots import plot_all
 from benchmark.reproduce_runs import FIGURES, read_rows, row_of, runs_of
 from benchmark.reproduce_summary import SUMMARY_NAME, claims_table, summarize
@@ -26,10 +27,11 @@ ROWS_NAME = "rows.jsonl"
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmark.reproduce", description=__doc__)
-    parser.add_argument("step", nargs="?", choices=("run", "summarize", "plot"))
+    parser.add_argument("step", nargs="?", choices=("run", "summarize", "plot", "document"))
     parser.add_argument("--output", type=Path, default=Path("benchmark/results/local/reproduce"))
     parser.add_argument("--figure", action="append", choices=tuple(FIGURES), default=[])
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="0 to N-1; default 1")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="fill its tables, too")
     return parser
 
 
@@ -47,9 +49,6 @@ def run(directory: Path, seeds: int, figures: list[str], console: Console) -> No
         if (item.figure, item.model, item.variant, item.rules.users.users, item.rules.seed)
         not in done
     ]
-    # A run makes millions of small objects and hardly a cycle.
-    gc.freeze()
-    gc.set_threshold(50_000, 20, 50)
     with path.open("a") as output, Progress(console=console, transient=True) as progress:
         bar = progress.add_task("simulating", total=len(todo))
         for item in todo:
@@ -62,7 +61,10 @@ def run(directory: Path, seeds: int, figures: list[str], console: Console) -> No
 
 def main() -> int:
     """Exit code 2 with one line where the input is wrong."""
-    arguments = make_parser().parse_args()
+    parser = make_parser()
+    arguments = parser.parse_args()
+    if arguments.step == "document" and arguments.page is None:
+        parser.error("document needs --page FILE")
     console = Console()
     directory = arguments.output
     try:
@@ -77,6 +79,8 @@ def main() -> int:
             console.print(claims_table(summary), markup=False, highlight=False)
         if arguments.step in (None, "plot"):
             plot_all(summary, directory)
+        if arguments.page is not None and summary:
+            document(arguments.page, summary, read_validations(directory))
     except (SymphonyError, ValueError, OSError) as error:
         print(f"reproduce: {error}", file=sys.stderr)
         return 2

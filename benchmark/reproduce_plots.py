@@ -16,6 +16,7 @@ COLORS = {
     "symphony": "#1f8f5f",
     "oracle": "#111111",
     "greedy": "#6a5acd",
+    "blocks": "#c2603c",
 }
 NAMES = {
     "recompute": "recompute (vLLM)",
@@ -25,6 +26,7 @@ NAMES = {
     "symphony": "symphony (ours)",
     "oracle": "oracle leads",
     "greedy": "greedy, 60 % false",
+    "blocks": "greedy, copies by block",
 }
 # (users, TPOT ms) that the paper gives for Llama-3.1-8B: figure 11 and section 4.2.
 PAPER_TPOT = {"recompute": [(64, 18.0)], "paper": [(256, 18.23), (512, 20.5)]}
@@ -51,11 +53,15 @@ def plot_all(summary: dict[str, Any], directory: Path) -> list[Path]:
         for model in ("8b", "13b")
         if points.curve("users", model, "recompute", "tpot_seconds.mean")[0]
     ]
+    if points.has("users"):
+        drawn.append(plot_ttft_ratio(points, directory / "ttft-ratio.png"))
     for name, draw in (
         ("burst", plot_burst),
         ("imbalance", plot_imbalance),
         ("hints", plot_hints),
         ("ablations", plot_ablations),
+        ("break-even", plot_break_even),
+        ("coding", plot_coding),
     ):
         if points.has(name):
             drawn.append(draw(points, directory / f"{name}.png"))
@@ -123,6 +129,87 @@ def plot_users(points: Points, model: str, path: Path) -> Path:
     return save(figure, path)
 
 
+def plot_ttft_ratio(points: Points, path: Path) -> Path:
+    """Mean TTFT of the baselines over ours, against users, with the paper's 2.4."""
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 2, figsize=(9.6, 3.8), layout="constrained", sharey=True)
+    for axes, model, shape in zip(panels, ("8b", "13b"), ("Llama-3.1-8B", "Llama-2-13B"),
+                                  strict=True):  # fmt: skip
+        users, ours = points.curve("users", model, "symphony", "ttft_seconds.mean")
+        for arm in ("recompute", "sticky", "cache-aware"):
+            _, theirs = points.curve("users", model, arm, "ttft_seconds.mean")
+            if len(theirs) == len(ours) and len(ours):
+                axes.plot(users, theirs / ours, color=COLORS[arm], marker="o", ms=3.5,
+                          label=NAMES.get(arm, arm))  # fmt: skip
+        axes.axhline(2.4, color="black", lw=1.0, ls="--", label="reported: up to 2.4")
+        axes.axhline(1.0, color="#666666", lw=0.8, ls=":")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(users, users)
+        axes.minorticks_off()
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.set_xlabel("users")
+        axes.set_title(shape)
+    panels[0].set_ylabel("TTFT (mean), times ours")
+    panels[0].legend(fontsize=7.5)
+    figure.suptitle("TTFT of baselines over symphony's (simulated)", fontsize=10)
+    return save(figure, path)
+
+
+def plot_break_even(points: Points, path: Path) -> Path:
+    """Throughput and TPOT against how slow a level may be and still be used."""
+    from matplotlib import pyplot
+
+    found = sorted((float(p["variant"]), p) for p in points.points if p["figure"] == "break-even")
+    factors = [factor for factor, _ in found]
+    figure, axes = pyplot.subplots(figsize=(5.6, 3.4), layout="constrained")
+    rate = [p["requests_per_second"]["mean"] for _, p in found]
+    step = [1e3 * p["tpot_seconds.mean"]["mean"] for _, p in found]
+    axes.plot(factors, rate, color=COLORS["symphony"], marker="o", ms=4, label="requests/s")
+    axes.set_ylim(0, 1.15 * max(rate))
+    axes.set_xlabel("a level may be this many times slower than computing again")
+    axes.set_ylabel("requests/s", color=COLORS["symphony"])
+    other = axes.twinx()
+    other.plot(factors, step, color=COLORS["sticky"], marker="s", ms=4, ls="--")
+    other.set_ylabel("TPOT, ms", color=COLORS["sticky"])
+    other.set_ylim(0, 1.15 * max(step))
+    other.grid(visible=False)
+    axes.set_title("Break-even, 8B, 1,024 users (simulated)", fontsize=10)
+    return save(figure, path)
+
+
+def plot_coding(points: Points, path: Path) -> Path:
+    """A thousand coding agents: TTFT, and where the prompts' tokens came from."""
+    from matplotlib import pyplot
+
+    arms = ("sticky", "unadvised", "symphony")
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.0, 3.4), layout="constrained")
+    shades = {"device": "#1f8f5f", "host": "#7fbf9f", "nvme": "#b59b3a", "computed": "#c2603c"}
+    for place, arm in enumerate(arms):
+        for offset, name, alpha in ((-0.2, "mean", 1.0), (0.2, "p90", 0.5)):
+            value = points.at("coding", "8b", arm, f"ttft_seconds.{name}")
+            if value is None:
+                continue
+            left.bar(place + offset, 1e3 * value, 0.38, color=COLORS[arm], alpha=alpha)
+            left.annotate(f"{1e3 * value:.0f}", (place + offset, 1e3 * value), ha="center",
+                          va="bottom", fontsize=8)  # fmt: skip
+        base = 0.0
+        for source, shade in shades.items():
+            share = points.at("coding", "8b", arm, f"token_share.{source}") or 0.0
+            right.bar(place, share, 0.55, bottom=base, color=shade,
+                      label=source if place == 0 else None)  # fmt: skip
+            base += share
+    left.set_title("TTFT, ms: mean, and P90 (pale)")
+    right.set_title("prompt tokens by source")
+    right.yaxis.set_major_formatter("{x:.0%}")
+    for axes in (left, right):
+        axes.set_xticks(range(len(arms)), [NAMES.get(arm, arm) for arm in arms], fontsize=7.5)
+    right.legend(fontsize=8, loc="lower left")
+    figure.suptitle("1,000 coding agents with recorded pauses, 8B (simulated)", fontsize=10)
+    return save(figure, path)
+
+
 def plot_burst(points: Points, path: Path) -> Path:
     """The same with BurstGPT-like pauses."""
     from matplotlib import pyplot
@@ -139,25 +226,30 @@ def plot_burst(points: Points, path: Path) -> Path:
 
 
 def plot_imbalance(points: Points, path: Path) -> Path:
-    """Work of the busiest worker over the median worker's, under skewed users."""
+    """Requests at the busiest worker over the median worker's: mean over time, and its P90."""
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(5.6, 3.4), layout="constrained")
+    figure, panels = pyplot.subplots(1, 2, figsize=(9.0, 3.6), layout="constrained", sharey=True)
     arms = ("sticky", "paper", "symphony")
     paper = {"sticky": 3.1, "paper": 1.0}
-    for place, arm in enumerate(arms):
-        value = points.at("imbalance", "8b", arm, "load_max_over_median") or 0.0
-        axes.bar(place, value, 0.55, color=COLORS[arm])
-        axes.annotate(f"{value:.2f}", (place, value), ha="center", va="bottom")
-        if arm in paper:
-            axes.plot(place, paper[arm], "*", mfc="none", mec="black", ms=14, mew=1.4,
-                      label="reported" if arm == "sticky" else None)  # fmt: skip
-    axes.axhline(1.0, color="#666666", lw=0.8, ls=":")
-    axes.set_xticks(range(3), [NAMES[arm] for arm in arms], fontsize=8)
-    axes.set_ylabel("requests, busiest / median worker")
-    axes.set_ylim(0, 3.5)
-    axes.legend()
-    axes.set_title("Load imbalance, skewed users, 8 workers (simulated)", fontsize=10)
+    titles = {"chance": "sessions where chance put them", "skewed": "and skewed users"}
+    for axes, (word, title) in zip(panels, titles.items(), strict=True):
+        for place, arm in enumerate(arms):
+            for offset, end, alpha in ((-0.2, "", 1.0), (0.2, "_p90", 0.5)):
+                value = points.at("imbalance", "8b", f"{word}: {arm}", f"load_max_over_median{end}")
+                value = value or 0.0
+                axes.bar(place + offset, value, 0.38, color=COLORS[arm], alpha=alpha)
+                axes.annotate(f"{value:.2f}", (place + offset, value), ha="center", va="bottom",
+                              fontsize=8)  # fmt: skip
+            if arm in paper:
+                axes.plot(place, paper[arm], "*", mfc="none", mec="black", ms=14, mew=1.4,
+                          label="reported" if arm == "sticky" else None)  # fmt: skip
+        axes.axhline(1.0, color="#666666", lw=0.8, ls=":")
+        axes.set_xticks(range(3), [NAMES[arm] for arm in arms], fontsize=7)
+        axes.set_title(title, fontsize=9)
+    panels[0].set_ylabel("requests, busiest / median worker")
+    panels[0].legend()
+    figure.suptitle("Load imbalance over time: mean, and P90 (pale) (simulated)", fontsize=10)
     return save(figure, path)
 
 
@@ -207,7 +299,12 @@ def plot_ablations(points: Points, path: Path) -> Path:
     from matplotlib import pyplot
 
     words = ("no layer order", "no layer-wise loading", "no cooperation")
-    panels = [(model, arm) for model in ("8b", "13b") for arm in ("symphony", "greedy")]
+    panels = [
+        (model, arm)
+        for model in ("8b", "13b")
+        for arm in ("symphony", "greedy", "blocks")
+        if (model, arm) != ("13b", "blocks")
+    ]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10.0, 3.9), layout="constrained")
     width = 0.8 / len(panels)
     for number, (model, arm) in enumerate(panels):

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from symphony_sglang.clock import SystemClock
 from symphony_sglang.sim.cluster import AdviceMix, Cluster, RunRules
+from symphony_sglang.sim.hardware import LINKS
+from symphony_sglang.sim.pace import cpu_seconds, few_collections
 from symphony_sglang.sim.results import figures
 from symphony_sglang.sim.scenario import SimScenario, load_scenario
 
@@ -17,12 +18,15 @@ MODELS = {"8b": "paper-8b", "13b": "paper-13b"}
 # The points at which the figures look closer: the pressure band, where the working set is about as
 # large as all device levels, and past it, where requests queue.
 BAND_USERS = {"8b": 512, "13b": 160}
-HEAVY_USERS = {"8b": 704, "13b": 224}
+HEAVY_USERS = {"8b": 1024, "13b": 224}
 MISSING = (0.0, 0.1, 0.3, 1.0)
 FALSE = (0.0, 0.3, 0.6, 0.9)
 SKEW = 1.2
 SKEWED_USERS = 448
+CHANCE_USERS = 576
 GREEDY_SHARE = 0.95
+GREEDY_EXPIRES_SECONDS = 600.0
+BREAK_EVENS = (1.0, 1.5, 2.0, 4.0)
 BURST_SIGMA = 1.6
 
 
@@ -77,11 +81,15 @@ def burst_runs(seed: int) -> Iterator[Run]:
 
 
 def imbalance_runs(seed: int) -> Iterator[Run]:
-    """A few users with most of the work: what stickiness makes of it."""
+    """Sessions that are where chance put them, and a few users with most of the work."""
     scenario = base("8b")
-    for arm in ("sticky", "paper", "symphony"):
-        rules = rules_of(scenario, arm, SKEWED_USERS, seed, people={"skew": SKEW})
-        yield Run("imbalance", "8b", arm, rules, scenario.warm_seconds)
+    for word, users, people in (
+        ("chance", CHANCE_USERS, {"chance_homes": True}),
+        ("skewed", SKEWED_USERS, {"chance_homes": True, "skew": SKEW}),
+    ):
+        for arm in ("sticky", "paper", "symphony"):
+            rules = rules_of(scenario, arm, users, seed, people=people)
+            yield Run("imbalance", "8b", f"{word}: {arm}", rules, scenario.warm_seconds)
 
 
 def hints_runs(seed: int) -> Iterator[Run]:
@@ -101,17 +109,30 @@ def hints_runs(seed: int) -> Iterator[Run]:
 def ablation_runs(seed: int) -> Iterator[Run]:
     """One thing taken away at a time, from ours and from a greedier way.
 
-    The paper promotes into all free device memory, so its ablation of cooperation is one of
-    promotions that may hold all of it; ours may hold 30 % at most. `greedy` may hold 95 %, and
-    60 % of its advisories are false.
+    The paper promotes into all free device memory, and its advisories do not expire, so its
+    ablation of cooperation is one of promotions that may hold all of it; ours may hold 30 % for a
+    minute. `greedy` may hold 95 % for ten, 60 % of its advisories are false, and it swaps where
+    memory ends. `blocks` also copies block by block, and leaves a disk alone that is slower than
+    computing.
     """
     for model in MODELS:
         scenario = base(model)
         whole = rules_of(scenario, "symphony", HEAVY_USERS[model], seed)
         greedy = dataclasses.replace(
-            whole, protect_device=GREEDY_SHARE, advice=AdviceMix(false_share=0.6)
+            whole,
+            protect_device=GREEDY_SHARE,
+            advice=AdviceMix(false_share=0.6, expires_seconds=GREEDY_EXPIRES_SECONDS),
+            features=dataclasses.replace(whole.features, swap=True),
         )
-        for arm, plain in (("symphony", whole), ("greedy", greedy)):
+        arms = {"symphony": whole, "greedy": greedy}
+        if model == "8b":
+            link = {"link_bytes_per_second": LINKS["pcie-4.0-x16-by-blocks"]}
+            arms["blocks"] = dataclasses.replace(
+                greedy,
+                speeds=dataclasses.replace(greedy.speeds, **link),
+                features=dataclasses.replace(greedy.features, break_even=1.0),
+            )
+        for arm, plain in arms.items():
             yield Run("ablations", model, f"{arm}: all", plain, scenario.warm_seconds)
             for word, change in (
                 ("no layer order", {"layer_order": False}),
@@ -123,26 +144,47 @@ def ablation_runs(seed: int) -> Iterator[Run]:
                 yield Run("ablations", model, f"{arm}: {word}", rules, scenario.warm_seconds)
 
 
+def break_even_runs(seed: int) -> Iterator[Run]:
+    """How much slower than computing again a level may be and still be used, under heavy load."""
+    scenario = base("8b")
+    whole = rules_of(scenario, "symphony", HEAVY_USERS["8b"], seed)
+    for factor in BREAK_EVENS:
+        features = dataclasses.replace(whole.features, break_even=factor)
+        rules = dataclasses.replace(whole, features=features)
+        yield Run("break-even", "8b", f"{factor:g}", rules, scenario.warm_seconds)
+
+
+def coding_runs(seed: int) -> Iterator[Run]:
+    """A thousand coding agents with the pauses of real ones."""
+    scenario = load_scenario("coding")
+    for rules in scenario.runs():
+        rules = dataclasses.replace(rules, seed=seed)
+        yield Run("coding", "8b", rules.name, rules, scenario.warm_seconds)
+
+
 FIGURES: dict[str, Callable[[int], Iterator[Run]]] = {
     "users": users_runs,
     "burst": burst_runs,
     "imbalance": imbalance_runs,
     "hints": hints_runs,
     "ablations": ablation_runs,
+    "break-even": break_even_runs,
+    "coding": coding_runs,
 }
 
 
 def row_of(run: Run) -> dict[str, Any]:
     """Simulate it; one JSON-ready row. Every run's books are checked."""
-    clock = SystemClock()
-    started = clock.monotonic()
     cluster = Cluster(run.rules)
-    cluster.run()
+    with few_collections():
+        started = cpu_seconds()
+        cluster.run()
+        spent = cpu_seconds() - started
     cluster.check()
     row = figures(cluster, run.warm_seconds)
     row |= {"figure": run.figure, "model": run.model, "variant": run.variant}
     row["virtual_seconds"] = cluster.loop.now_seconds
-    row["wall_seconds"] = clock.monotonic() - started
+    row["cpu_seconds"] = spent
     return row
 
 

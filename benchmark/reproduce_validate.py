@@ -1,19 +1,27 @@
-"""``python -m benchmark.reproduce_validate DIRECTORY``: the simulator against a real scenario run.
+"""``python -m benchmark.reproduce_validate DIRECTORY...``: the simulator against real runs.
 
 Drives the simulator with what the runs' raw samples say was asked (when, how long, after which
-pause, advised how long before), on workers with the speeds that the same workers measured of
-themselves, and compares what came out. Writes ``validation.json`` beside the samples.
+pause, advised how long before), on as many workers, with the speeds that those workers measured of
+themselves, behind the same policy, and compares what came out: mean TTFT, achieved rate, and the
+share of the prompts that each level had. Writes ``validation.json`` beside each one's samples, or
+all of them under ``--output DIR`` by scenario.
+
+Workers of other kinds than ours measure nothing: they run on the same machine, so they get the
+speeds of ours. What a request costs beyond the worker's own time (HTTP, tokenizing, the router) is
+taken from the samples, once for all arms with a router and once for those without: the fastest
+tenth of what is left of TTFT.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -30,6 +38,8 @@ from symphony_sglang.sim.users import UserRules
 from symphony_sglang.sim.worker import Features
 from symphony_sglang.workload.replay_driver import RequestRecord
 
+VERSION = 2
+RESULT_NAME = "validation.json"
 GOAL = 0.15  # of TTFT and rate; shares of the prompts may differ by this much in all
 PAGE_SIZE = 16
 # What one request more in the batch adds to a decode step on these small models, of the step.
@@ -43,10 +53,24 @@ FEATURES = {
     "hicache": Features(),
     "symphony": Features(gate=True, protect_queued=True),
 }
+# What a rate is where nobody measured it: a copy in memory, and a disk.
+ASSUMED_BYTES_PER_SECOND = {"host_to_device": 4e9, "nvme_to_host": 0.5e9}
+OVERHEAD_QUANTILE = 0.1
 
 
-def users_of(records: Sequence[RequestRecord]) -> list[RecordedUser]:
-    """Each session's turns in order, with the pause that preceded each."""
+class Calibration(NamedTuple):
+    """The workers' profile, where each of its figures is from, and what comes on top."""
+
+    speeds: Speeds
+    origin: dict[str, str]
+    overhead_seconds: float
+
+
+def users_of(records: Sequence[RequestRecord], overhead_seconds: float = 0.0) -> list[RecordedUser]:
+    """Each session's turns in order, with the pause that preceded each.
+
+    `overhead_seconds`, which simulated requests do not take, is waited before each but the first.
+    """
     sessions: dict[str, list[RequestRecord]] = defaultdict(list)
     for record in records:
         if record.error is None:
@@ -55,7 +79,7 @@ def users_of(records: Sequence[RequestRecord]) -> list[RecordedUser]:
     for number, name in enumerate(sorted(sessions)):
         turns, ended = [], 0.0
         for record in sorted(sessions[name], key=lambda item: item.turn):
-            pause = max(0.0, record.due_seconds - ended)
+            pause = max(0.0, record.due_seconds - ended) + (overhead_seconds if turns else 0.0)
             turns.append(
                 RecordedTurn(record.prompt_tokens, record.output_tokens, pause, record.lead_seconds)
             )
@@ -65,7 +89,7 @@ def users_of(records: Sequence[RequestRecord]) -> list[RecordedUser]:
 
 
 def rate_of(counters: Sequence[dict[str, Any]], name: str) -> Rate | None:
-    """A speed as the workers measured it, their mean; None where none did."""
+    """A speed as the workers measured it, the median of all that did; None where none did."""
     found = []
     for body in counters:
         rates = body.get("rates") or {}
@@ -74,7 +98,7 @@ def rate_of(counters: Sequence[dict[str, Any]], name: str) -> Rate | None:
             found.append((float(speed), float(rates.get(f"{name}_latency_seconds") or 0.0)))
     if not found:
         return None
-    speed, latency = np.mean(np.array(found), axis=0)
+    speed, latency = np.median(np.array(found), axis=0)
     return Rate(float(speed), float(latency))
 
 
@@ -104,25 +128,24 @@ def prefill_rate(records: Sequence[RequestRecord]) -> Rate:
     return Rate(float(np.quantile(speeds, 0.75)), latency)
 
 
-def speeds_of_runs(
+def calibrate(
     scenario: Scenario,
     records: Sequence[RequestRecord],
     counters: Sequence[dict[str, Any]],
     token_bytes: int,
-) -> tuple[Speeds, dict[str, str]]:
-    """The workers' profile, and where each of its figures is from."""
+) -> Calibration:
+    """From the samples of one kind of arm and the counters of all workers that measured."""
     shape = scenario.model
-    origin = {}
-    rates = {}
-    defaults = {
-        "prefill": prefill_rate(records),
-        "host_to_device": Rate(4e9 / token_bytes, 0.001),
-        "nvme_to_host": Rate(0.5e9 / token_bytes, 0.002),
-    }
-    for name, default in defaults.items():
+    origin, rates = {}, {}
+    for name in ("prefill", "host_to_device", "nvme_to_host"):
         measured = rate_of(counters, name)
-        origin[name] = "worker" if measured else "samples" if name == "prefill" else "assumed"
-        rates[name] = measured or default
+        if measured is not None:
+            origin[name], rates[name] = "workers", measured
+        elif name == "prefill":
+            origin[name], rates[name] = "samples", prefill_rate(records)
+        else:
+            origin[name] = "assumed"
+            rates[name] = Rate(ASSUMED_BYTES_PER_SECOND[name] / token_bytes, 0.001)
     steps = [record.tpot_seconds for record in records if record.tpot_seconds]
     step = float(np.quantile(steps, 0.1)) if steps else 0.01
     origin["decode"] = "samples, their fastest tenth"
@@ -146,7 +169,17 @@ def speeds_of_runs(
         link_latency_seconds=load.latency_seconds,
         disk_latency_seconds=read.latency_seconds,
     )
-    return speeds, origin
+    return Calibration(speeds, origin, overhead_of(records, prefill))
+
+
+def overhead_of(records: Sequence[RequestRecord], prefill: Rate) -> float:
+    """What of TTFT the worker's own prefill does not explain, where nothing else was in the way."""
+    left = [
+        record.ttft_seconds - prefill.seconds(record.prompt_tokens - record.cached.total())
+        for record in records
+        if record.error is None and record.ttft_seconds
+    ]
+    return max(0.0, float(np.quantile(left, OVERHEAD_QUANTILE))) if left else 0.0
 
 
 def token_bytes_of(scenario: Scenario, ends: Sequence[End]) -> int:
@@ -160,10 +193,10 @@ def token_bytes_of(scenario: Scenario, ends: Sequence[End]) -> int:
 
 
 def simulate(
-    scenario: Scenario, arm: Arm, records: Sequence[RequestRecord], speeds: Speeds
+    scenario: Scenario, arm: Arm, records: Sequence[RequestRecord], calibration: Calibration
 ) -> dict[str, float]:
     """The figures of one run, simulated."""
-    users = users_of(records)
+    users = users_of(records, calibration.overhead_seconds)
     name = arm.router.partition(":")[2] or "session_sticky"
     if name not in POLICIES:
         raise ValueError(f"arm {arm.name!r}: the simulator has no policy {name!r}")
@@ -171,17 +204,19 @@ def simulate(
     if arm.advice is not None:
         advice = AdviceMix(expires_seconds=arm.advice.expires_seconds)
     last = max(record.sent_seconds + record.latency_seconds for record in records)
+    ours = arm.router.startswith("symphony:") and arm.server == "symphony"
     cluster = Cluster(
         RunRules(
             name=arm.name,
             workers=arm.workers,
-            speeds=speeds,
+            speeds=calibration.speeds,
             features=FEATURES[arm.server],
             users=UserRules(users=len(users)),
             policy=name,
             seconds=20 * last,
             advice=advice,
-            migrate=arm.router.startswith("symphony:"),
+            migrate=ours,
+            plan_moves=ours and name == "symphony",
             page_size=PAGE_SIZE,
         ),
         users,
@@ -192,7 +227,8 @@ def simulate(
     prompt = sum(item.prompt_tokens for item in requests)
     span = max(item.ended_seconds for item in requests) - min(r.sent_seconds for r in requests)
     return {
-        "ttft_seconds": float(np.mean([item.ttft_seconds for item in counted])),
+        "ttft_seconds": calibration.overhead_seconds
+        + float(np.mean([item.ttft_seconds for item in counted])),
         "requests_per_second": len(requests) / span,
         "device": sum(item.device_tokens for item in requests) / prompt,
         "host": sum(item.host_tokens for item in requests) / prompt,
@@ -236,25 +272,70 @@ def validate(directory: Path) -> dict[str, Any]:
     if not runs:
         raise ValueError(f"{directory}: no complete run")
     token_bytes = token_bytes_of(scenario, [end for _, _, end in runs])
+    counters = [body for _, _, end in runs for body in end.counters]
     results: dict[str, Any] = {}
-    for name in arms:
+    for name, arm in arms.items():
         mine = [(records, end) for header, records, end in runs if header.arm == name]
         if not mine:
             continue
-        real, simulated = [], []
-        origin: dict[str, str] = {}
-        for records, end in mine:
-            speeds, origin = speeds_of_runs(scenario, records, end.counters, token_bytes)
-            real.append(measured(scenario, records, end))
-            simulated.append(simulate(scenario, arms[name], records, speeds))
+        alike = [
+            record
+            for header, records, _ in runs
+            if bool(arms[header.arm].router) == bool(arm.router)
+            for record in records
+        ]
+        calibration = calibrate(scenario, alike, counters, token_bytes)
+        real = [measured(scenario, records, end) for records, end in mine]
+        simulated = [simulate(scenario, arm, records, calibration) for records, _ in mine]
         results[name] = {
-            "speeds_from": origin,
+            "workers": arm.workers,
+            "speeds": describe(calibration),
             "figures": {
                 key: compared(key, [r[key] for r in real], [s[key] for s in simulated])
                 for key in real[0]
             },
         }
-    return {"version": 1, "scenario": scenario.name, "goal": GOAL, "arms": results}
+    return {
+        "version": VERSION,
+        "scenario": scenario.name,
+        "title": scenario.title,
+        "goal": GOAL,
+        "within": counted_within(results),
+        "arms": results,
+    }
+
+
+def describe(calibration: Calibration) -> dict[str, Any]:
+    """The profile in the units in which it was measured."""
+    speeds = calibration.speeds
+    return {
+        "from": calibration.origin,
+        "prefill_tokens_per_second": 1 / speeds.prefill_token_seconds,
+        "prefill_latency_seconds": speeds.step_seconds,
+        "decode_step_seconds": speeds.decode_base_seconds,
+        "host_to_device_bytes_per_second": speeds.link_bytes_per_second,
+        "nvme_to_host_bytes_per_second": speeds.nvme_read_bytes_per_second,
+        "overhead_seconds": calibration.overhead_seconds,
+        "profile": dataclasses.asdict(speeds),
+    }
+
+
+def speeds_toml(result: dict[str, Any]) -> str:
+    """The profile of a scenario's workers as `symphony simulate` reads it."""
+    profile = list(result["arms"].values())[-1]["speeds"]["profile"]
+    lines = [f"{name} = {value!r}" for name, value in profile.items()]
+    return "\n".join([f"# Measured in the scenario {result['scenario']}.", "[speeds]", *lines, ""])
+
+
+def counted_within(results: dict[str, Any]) -> dict[str, list[int]]:
+    """For each figure: in how many arms it agrees, of how many."""
+    counts: dict[str, list[int]] = {}
+    for item in results.values():
+        for name, row in item["figures"].items():
+            count = counts.setdefault(name, [0, 0])
+            count[0] += row["within"]
+            count[1] += 1
+    return counts
 
 
 def compared(name: str, real: Sequence[float], simulated: Sequence[float]) -> dict[str, Any]:
@@ -276,26 +357,42 @@ def table(result: dict[str, Any]) -> str:
         "|---|---|---|---|---|",
     ]
     for arm, item in result["arms"].items():
+        if item["workers"] > 1:
+            arm = f"{arm} ({item['workers']} workers)"
         for name, row in item["figures"].items():
             spread = f"{row['real']:.3f} ({row['real_low']:.3f} to {row['real_high']:.3f})"
             word = "yes" if row["within"] else "no"
             lines.append(f"| {arm} | {name} | {spread} | {row['simulated']:.3f} | {word} |")
-    return "\n".join(lines)
+    within = ", ".join(f"{name} {n} of {of}" for name, (n, of) in result["within"].items())
+    return "\n".join([*lines, "", f"Within {result['goal']:.0%}: {within}."])
 
 
 def main() -> int:
-    """Exit code 2 where the directory holds no runs."""
-    parser = argparse.ArgumentParser(prog="python -m benchmark.reproduce_validate",
-                                     description=__doc__)  # fmt: skip
-    parser.add_argument("directory", type=Path)
-    directory = parser.parse_args().directory
+    """Exit code 2 where a directory holds no runs."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmark.reproduce_validate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("directory", type=Path, nargs="+")
+    parser.add_argument("--output", type=Path, metavar="DIR")
+    words = "write the last one's measured profile, as a scenario's [speeds]"
+    parser.add_argument("--speeds", type=Path, metavar="FILE", help=words)
+    arguments = parser.parse_args()
     try:
-        result = validate(directory)
-        (directory / "validation.json").write_text(json.dumps(result, indent=1) + "\n")
-    except (ValueError, OSError) as error:
+        for directory in arguments.directory:
+            result = validate(directory)
+            path = directory / RESULT_NAME
+            if arguments.output is not None:
+                arguments.output.mkdir(parents=True, exist_ok=True)
+                path = arguments.output / f"validation-{result['scenario']}.json"
+            path.write_text(json.dumps(result, indent=1) + "\n")
+            if arguments.speeds is not None:
+                arguments.speeds.write_text(speeds_toml(result))
+            print(f"{result['scenario']}: {result['title']}\n\n{table(result)}\n")
+    except (ValueError, OSError, msgspec.MsgspecError) as error:
         print(f"reproduce_validate: {error}", file=sys.stderr)
         return 2
-    print(table(result))
     return 0
 
 

@@ -7,8 +7,10 @@ the lowest and highest P50 of a round as spread. `decide` is `choose` and `route
 tokenized and hashed already; `round_robin` through the same calls is the baseline. Hashing is by
 itself: a whole prompt anew, and the next turn of a known session. Sessions share a system prompt
 that every worker holds; each lies on one to three workers, on several levels, and now and then with
-a hole. Before each decision some workers report new load. Memory is that of the process, against an
-index without pages.
+a hole. Before each decision some workers report new load. `symphony, new prompts` has prompts of
+which only the system prompt is anywhere, `symphony, sharing` workers that pull pages from each
+other. Memory is that of the process, against an index without pages. The garbage collector is set
+as the router sets it.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from symphony_sglang.core.page_hash import PageChain, event_hashes
 from symphony_sglang.core.prefix import pack_tokens
 from symphony_sglang.core.routing_policies import make_policy
 from symphony_sglang.core.routing_types import LoadView, RouteRequest, WorkerRates, WorkerView
+from symphony_sglang.router.service import spare_collections
 
 ROUNDS = 5
 SYSTEM_TOKENS = 4096
@@ -43,6 +46,7 @@ RATES = WorkerRates(
     prefill=Rate(12_000.0, 0.01),
     host_to_device=Rate(400_000.0, 0.001),
     nvme_to_host=Rate(60_000.0, 0.002),
+    peer_to_host=Rate(60_000.0, 0.005),
 )
 Hashes = npt.NDArray[np.int64]
 
@@ -56,6 +60,7 @@ class Cluster:
         self.page_size = page_size
         self.pages = tokens // page_size
         self.tokens = tokens
+        self.sharing = False  # workers pull pages from each other
         self.index = LocationIndex()
         self.views = [self.view(f"worker-{number}") for number in range(workers)]
         self.system = self.hashes(SYSTEM_TOKENS // page_size)
@@ -77,7 +82,19 @@ class Cluster:
             device_total_tokens=600_000,
             decode_step_seconds=source.uniform(0.015, 0.03),
         )
-        return WorkerView(worker_id, page_size=self.page_size, load=load, rates=RATES)
+        return WorkerView(
+            worker_id,
+            page_size=self.page_size,
+            load=load,
+            rates=RATES,
+            serves_pages=self.sharing,
+            pulls_pages=self.sharing,
+        )
+
+    def share(self, *, sharing: bool) -> None:
+        """From now on workers pull pages from each other, or no more."""
+        self.sharing = sharing
+        self.views = [self.view(view.worker_id) for view in self.views]
 
     def add_session(self) -> None:
         """A session of full length on one to three workers, mostly whole."""
@@ -93,6 +110,13 @@ class Cluster:
                 hole = self.random.randrange(len(own))
                 self.index.removed(name, Level.NVME, listed[hole : hole + 4])
         self.sessions.append(np.concatenate([self.system, own]))
+
+    def new_prompt(self, number: int) -> RouteRequest:
+        """A session's first request: nobody has more of it than the system prompt."""
+        hashes = np.concatenate([self.system, self.hashes(self.pages - len(self.system))])
+        return RouteRequest(
+            f"n{number}", self.tokens, {self.page_size: hashes}, session_id=f"n{number}"
+        )
 
     def request(self, number: int) -> RouteRequest:
         session = self.random.randrange(len(self.sessions))
@@ -122,8 +146,11 @@ def summary(rounds: list[list[float]]) -> dict[str, float]:
     return {name: round(float(value), 1) for name, value in figures.items()}
 
 
-def measure_decisions(cluster: Cluster, name: str, samples: int) -> dict[str, float]:
+def measure_decisions(
+    cluster: Cluster, name: str, samples: int, *, new_prompts: bool = False
+) -> dict[str, float]:
     policy = make_policy(name)
+    make = cluster.new_prompt if new_prompts else cluster.request
     rounds: list[list[float]] = []
     now = 0.0
     for _ in range(ROUNDS):
@@ -131,7 +158,7 @@ def measure_decisions(cluster: Cluster, name: str, samples: int) -> dict[str, fl
         for number in range(samples // ROUNDS):
             now += 0.01
             cluster.report()
-            request = cluster.request(number)
+            request = make(number)
 
             def decide(request: RouteRequest = request, now: float = now) -> None:
                 decision = policy.choose(request, cluster.views, cluster.index, now, cluster.random)
@@ -206,7 +233,13 @@ def main() -> None:
     for _ in range(options.sessions):
         cluster.add_session()
     names = ("symphony", "session_sticky", "round_robin")
+    spare_collections()
     decide = {name: measure_decisions(cluster, name, options.samples) for name in names}
+    decide["symphony, new prompts"] = measure_decisions(
+        cluster, "symphony", options.samples, new_prompts=True
+    )
+    cluster.share(sharing=True)
+    decide["symphony, sharing"] = measure_decisions(cluster, "symphony", options.samples)
     result = {
         "environment": describe_environment(),
         "options": vars(options),

@@ -93,12 +93,14 @@ def run_scenario(
         console.print(f"{directory}: every run is there already")
         return
     shape = scenario.model
-    name = f"symphony-bench-{shape.layers}x{shape.hidden}-{shape.vocab}-{shape.dtype}"
+    heads = shape.kv_heads or "default"
+    name = f"symphony-bench-{shape.layers}x{shape.hidden}-{heads}-{shape.vocab}-{shape.dtype}"
     model = Path(tempfile.gettempdir()) / name
     make_tiny_model(
         model,
         layers=shape.layers,
         hidden=shape.hidden,
+        kv_heads=shape.kv_heads,
         vocab=shape.vocab,
         seed=0,
         dtype=shape.dtype,
