@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,9 +14,13 @@ import pytest
 from benchmark.reproduce_recorded import RecordedTurn, RecordedUser
 from benchmark.reproduce_summary import PATHS, value_of
 from symphony_sglang import cli
+from symphony_sglang.core import migration_policy
+from symphony_sglang.core.levels import Level
 from symphony_sglang.errors import ConfigError
+from symphony_sglang.sim import moves as simulated_moves
 from symphony_sglang.sim.cluster import AdviceMix, Cluster, RunRules
 from symphony_sglang.sim.hardware import MACHINES, MODELS, speeds_of
+from symphony_sglang.sim.placement import session_hashes
 from symphony_sglang.sim.results import figures
 from symphony_sglang.sim.scenario import SCENARIO_DIRECTORY, load_scenario
 from symphony_sglang.sim.users import UserRules
@@ -36,6 +43,7 @@ ARMS = {
         "policy": "symphony",
         "advice": AdviceMix(missing_share=0.2, false_share=0.3),
         "migrate": True,
+        "plan_moves": True,
     },
     "paper": {
         "features": Features(),
@@ -54,9 +62,8 @@ def run(arm: str, seed: int = 0, **changes: object) -> Cluster:
         name=arm,
         workers=2,
         speeds=SPEEDS,
-        seconds=90.0,
         seed=seed,
-        **{"users": USERS, **ARMS[arm], **changes},  # type: ignore[arg-type]
+        **{"users": USERS, "seconds": 90.0, **ARMS[arm], **changes},  # type: ignore[arg-type]
     )
     cluster = Cluster(rules)
     cluster.run()
@@ -77,6 +84,58 @@ def test_the_same_seed_gives_the_same_run_and_another_does_not() -> None:
 
     assert story(run("advised")) == story(run("advised"))
     assert story(run("advised")) != story(run("advised", seed=1))
+
+
+def test_equal_seeds_give_equal_rows_in_any_process(tmp_path: Path) -> None:
+    """String hashes differ from process to process, and with them the order of sets."""
+    rows = []
+    for number in ("1", "2"):
+        output = tmp_path / f"{number}.jsonl"
+        words = ["simulate", "small", "--arm", "symphony", "--users", "12", "--seconds", "45"]
+        subprocess.run(
+            [sys.executable, "-m", "symphony_sglang.cli", *words, "--output", str(output)],
+            env={**os.environ, "PYTHONHASHSEED": number},
+            check=True,
+            capture_output=True,
+        )
+        row = json.loads(output.read_text())
+        assert row.pop("speed") > 0
+        rows.append(row)
+    assert rows[0] == rows[1]
+    assert rows[0]["requests"] > 0
+
+
+def test_what_decides_is_the_products_own_code() -> None:
+    cluster = run("advised", seconds=10.0)
+    placement, moves = cluster.placement, cluster.moves
+    assert moves is not None
+    assert simulated_moves.plan_migrations is migration_policy.plan_migrations
+    deciding = [placement.policy, placement.index, placement.loads]
+    for worker in cluster.workers.values():
+        assert worker.promotions is not None
+        deciding += [worker.promotions.promoter, worker.gate]
+    modules = {type(part).__module__ for part in deciding}
+    assert all(name.startswith("symphony_sglang.core.") for name in modules), modules
+
+
+@pytest.mark.parametrize("channel", ["link", "disk", "network"])
+def test_a_byte_that_nobody_asked_for_is_found_out(channel: str) -> None:
+    cluster = run("advised", seconds=30.0)
+    cluster.check()
+    getattr(cluster.workers["worker-1"], channel).bytes += 1
+    with pytest.raises(AssertionError):
+        cluster.check()
+
+
+def test_a_page_that_the_router_only_believes_in_is_found_out() -> None:
+    cluster = run("unadvised", seconds=30.0)
+    cluster.check()
+    first, second = cluster.workers.values()
+    alone = next(name for name in first.nvme.sessions() if not second.nvme.tokens(name))
+    pages = session_hashes(alone, 1).tolist()
+    cluster.placement.index.stored(second.name, Level.NVME, pages)
+    with pytest.raises(AssertionError):
+        cluster.check()
 
 
 def test_recompute_finds_nothing_and_caches_find_what_was_said() -> None:
@@ -155,6 +214,21 @@ def test_virtual_time_takes_few_events() -> None:
         assert cluster.loop.events < tokens / 5
 
 
+def test_a_thousand_sessions_on_eight_workers_cost_events_only_when_they_speak() -> None:
+    """An idle session costs nothing; beside the requests only the workers' reports do."""
+    scenario = load_scenario("coding")
+    rules = next(rules for rules in scenario.runs() if rules.name == "symphony")
+    assert (rules.workers, rules.users.users) == (8, 1000)
+    cluster = Cluster(dataclasses.replace(rules, seconds=20.0))
+    cluster.run()
+    seconds, requests = cluster.loop.now_seconds, len(cluster.requests)
+    assert requests > 5
+    owners = [cluster.placement.owner(user.session) for user in cluster.users]
+    assert sum(owner is not None for owner in owners) > 900
+    beside = 6 * rules.workers * seconds  # reports, rounds, expiry
+    assert cluster.loop.events < beside + 40 * requests
+
+
 def test_rows_have_what_the_reproduction_reads() -> None:
     row = figures(run("advised"), 30.0)
     for path in PATHS:
@@ -187,6 +261,7 @@ def test_packaged_scenarios_load_and_the_command_writes_what_it_prints(
         (("workers = 2", "workers = 0"), "workers is 0; expected 1 to 1024"),
         (("warm_seconds = 30.0", "warm_seconds = 300.0"), "warm_seconds is 300; expected less"),
         (('machine = "a100-80g"', 'machine = "a100"'), "profile 'a100'; expected one of"),
+        (('machine = "a100-80g"', 'machine = "h200"\ndisk = "ssd"'), "'ssd'; expected one of nvme"),
         (("device_tokens = 24576", "device_tokens = 900"), "expected at most the device level's"),
         (('name = "sticky"', 'name = "recompute"'), "each name once"),
     ],
@@ -201,6 +276,18 @@ def test_a_wrong_scenario_is_refused_by_name_and_value(
         load_scenario(str(path))
 
 
+def test_a_scenario_can_put_other_parts_into_a_machine(tmp_path: Path) -> None:
+    text = (SCENARIO_DIRECTORY / "small.toml").read_text()
+    path = tmp_path / "parts.toml"
+    parts = 'machine = "h200"\nlink = "pcie-4.0-x16"\ndisk = "nvme"\nnetwork = "100gbe-quarter"'
+    path.write_text(text.replace('machine = "a100-80g"', parts))
+    speeds = load_scenario(str(path)).worker_speeds()
+    assert speeds.link_bytes_per_second == 25e9
+    assert speeds.nvme_read_bytes_per_second == 3.2e9
+    assert speeds.network_bytes_per_second == 3.1e9
+    assert speeds.prefill_token_seconds < SPEEDS.prefill_token_seconds
+
+
 def test_an_unknown_scenario_names_the_packaged_ones() -> None:
-    with pytest.raises(ConfigError, match="packaged: paper-13b, paper-8b, small"):
+    with pytest.raises(ConfigError, match="packaged: coding, paper-13b, paper-8b, small"):
         load_scenario("nowhere")

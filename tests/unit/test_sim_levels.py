@@ -11,7 +11,7 @@ import pytest
 from benchmark.reproduce_recorded import RecordedTurn, RecordedUser
 from symphony_sglang.core.levels import Level
 from symphony_sglang.errors import ConfigError
-from symphony_sglang.sim.hardware import MACHINES, MODELS, Machine, Speeds, speeds_of
+from symphony_sglang.sim.hardware import DISKS, MACHINES, MODELS, Machine, Speeds, speeds_of
 from symphony_sglang.sim.levels import LevelStore
 from symphony_sglang.sim.loop import Channel, EventLoop
 from symphony_sglang.sim.promotion import Promotions
@@ -102,7 +102,7 @@ def test_published_hardware_gives_speeds_of_the_known_order() -> None:
     assert speeds.token_bytes == 131_072
     assert 8_000 < 1 / speeds.prefill_token_seconds < 14_000
     assert 0.010 < speeds.decode_seconds(1, 1000) < 0.020
-    small = Machine("small", 1e12, 8e9, 1e11, 1e9, 1e9, 1e9, 1e9, 1e9, 1e9)
+    small = Machine("small", 1e12, 8e9, 1e11, 1e9, 1e9, DISKS["nvme"], 1e9)
     with pytest.raises(ConfigError, match="llama-2-13b needs"):
         speeds_of(small, MODELS["llama-2-13b"])
 
@@ -168,13 +168,16 @@ def test_a_host_hit_overlaps_layer_by_layer() -> None:
 
 
 def test_a_disk_hit_waits_for_the_disk_and_the_gate_prefers_to_compute() -> None:
-    for gate, found, seconds in ((False, 210, 0.21 + 0.09 + 0.0021), (True, 0, 0.3)):
-        loop, worker, ended = make_worker(Features(gate=gate))
+    read = (210, 0.21 + 0.09 + 0.0021)
+    for gate, factor, (found, seconds) in (
+        (False, 1.0, read), (True, 1.0, (0, 0.3)), (True, 2.0, read),
+    ):  # fmt: skip
+        loop, worker, ended = make_worker(Features(gate=gate, break_even=factor))
         loop.at(0.0, worker.submit, ask(1, 7, 200, 11, 0.0))
         loop.run()
         worker.device.evict(1000)
         worker.host.evict(4000)
-        # Reading is as fast as computing here, and the link comes on top: the gate says compute.
+        # Reading is as fast as computing here, and the link comes on top: a strict gate computes.
         loop.at(5.0, worker.submit, ask(2, 7, 300, 2, 5.0))
         loop.run()
         assert ended[1].nvme_tokens == found
@@ -271,6 +274,20 @@ def test_memory_that_runs_out_while_decoding_retracts_the_newest() -> None:
     assert {request.number for request in ended} == {1, 2}
     assert worker.stats.retractions == 1
     assert [request.retractions for request in ended] == [0, 1]
+    worker.check()
+
+
+def test_a_swapping_worker_brings_back_what_it_had_computed() -> None:
+    loop, worker, ended = make_worker(Features(swap=True, host=False, nvme=False))
+    for number in (1, 2):
+        loop.at(0.0, worker.submit, ask(number, number, 300, 400, 0.0))
+    loop.run()
+    assert worker.stats.retractions == 1
+    by_number = {request.number: request for request in ended}
+    # 300 of the prompt and 200 answered, out and in again; nothing is computed twice.
+    assert by_number[2].loaded_tokens == worker.stats.swapped_tokens == 2 * 500
+    assert worker.link.bytes == 2 * 500
+    assert by_number[1].loaded_tokens == 0
     worker.check()
 
 

@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import random
+import tomllib
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
+from benchmark.reproduce_document import document
 from benchmark.reproduce_plots import plot_all
+from benchmark.reproduce_recorded import RecordedTurn, RecordedUser
 from benchmark.reproduce_runs import FIGURES, read_rows, runs_of
-from benchmark.reproduce_summary import PATHS, claims_table, summarize, users_at
-from benchmark.reproduce_validate import is_within, prefill_rate, users_of
+from benchmark.reproduce_summary import PATHS, SPEED_RUNS, claims_table, summarize, users_at
+from benchmark.reproduce_validate import (
+    is_within,
+    overhead_of,
+    prefill_rate,
+    speeds_toml,
+    table,
+    users_of,
+    validate,
+)
+from benchmark.runner import End, Header
+from benchmark.scenario import Advice, Arm, Model, Scenario, WorkerSizes, Workload
+from symphony_sglang.core.gate import GateSnapshot, Rate
+from symphony_sglang.sim.cluster import AdviceMix, Cluster, RunRules
+from symphony_sglang.sim.hardware import Speeds
+from symphony_sglang.sim.users import UserRules
+from symphony_sglang.sim.worker import Features
 from symphony_sglang.workload.generate_client import CachedTokens
 from symphony_sglang.workload.replay_driver import RequestRecord
 
@@ -25,7 +46,12 @@ def made_row(figure: str, model: str, variant: str, users: int, slow: float) -> 
         for parent in parents:
             place = place.setdefault(parent, {})
         place[last] = 1 / slow if "per_second" in path else slow
-    return row | {"seed": 0, "virtual_seconds": 100.0, "wall_seconds": 1.0}
+    return row | {
+        "seed": 0,
+        "virtual_seconds": 100.0,
+        "cpu_seconds": 1.0,
+        "advisories": {"sent": 700},
+    }
 
 
 def all_rows() -> list[dict[str, Any]]:
@@ -52,7 +78,10 @@ def test_every_run_has_a_key_of_its_own_and_every_figure_has_runs() -> None:
 def test_claims_are_computed_from_rows_and_say_whether_they_hold() -> None:
     summary = summarize(all_rows())
     assert summary["simulated"]
-    assert summary["times_real_time"] == {"median": 100.0, "lowest": 100.0}
+    speed = summary["times_real_time"]
+    assert (speed["median"], speed["lowest"]) == (100.0, 100.0)
+    assert len(speed["runs"]) == len(SPEED_RUNS)
+    assert {row["advisories_per_second"] for row in speed["runs"]} == {7.0}
     claims = {item["claim"]: item for item in summary["claims"]}
     assert len(claims) == len(summary["claims"]) > 20
     missing = claims["TPOT with 10 % of advisories missing"]
@@ -66,10 +95,42 @@ def test_claims_are_computed_from_rows_and_say_whether_they_hold() -> None:
 def test_a_summary_can_be_drawn_without_simulating(tmp_path: Path) -> None:
     summary = json.loads(json.dumps(summarize(all_rows())))
     drawn = plot_all(summary, tmp_path)
-    names = {path.name for path in drawn}
-    assert names == {"users-8b.png", "users-13b.png", "burst.png", "imbalance.png", "hints.png",
-                     "ablations.png"}  # fmt: skip
+    names = {path.stem for path in drawn}
+    assert names == {"users-8b", "users-13b", "ttft-ratio", "burst", "imbalance", "hints",
+                     "ablations", "break-even", "coding"}  # fmt: skip
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
+
+
+PAGE = """# Page
+
+<!-- reproduce: claims -->
+old
+<!-- reproduce: end -->
+
+Words between.
+
+<!-- reproduce: speed -->
+<!-- reproduce: end -->
+<!-- reproduce: validation -->
+<!-- reproduce: end -->
+"""
+
+
+def test_a_page_gets_its_tables_and_keeps_its_words(tmp_path: Path) -> None:
+    summary = summarize(all_rows())
+    page = tmp_path / "page.md"
+    page.write_text(PAGE)
+    document(page, summary, [])
+    text = page.read_text()
+    assert "old" not in text
+    assert "Words between." in text
+    assert claims_table(summary) in text
+    assert "| 512 chat users, symphony |" in text
+    document(page, summary, [])
+    assert page.read_text() == text, "filling it again changes nothing"
+    page.write_text(PAGE.replace("speed", "sped"))
+    with pytest.raises(ValueError, match=r"the page has blocks.*sped.*expected.*speed"):
+        document(page, summary, [])
 
 
 def test_a_broken_row_is_named_by_its_line(tmp_path: Path) -> None:
@@ -127,3 +188,119 @@ def test_shares_are_compared_by_difference_and_times_by_ratio() -> None:
     assert not is_within("device", 0.5, 0.7)
     assert is_within("ttft_seconds", 1.0, 1.14)
     assert not is_within("ttft_seconds", 1.0, 0.8)
+
+
+def rates_json(gate: GateSnapshot) -> dict[str, float]:
+    """As workers say it in ``GET /symphony/residency``."""
+    found = {}
+    for name in ("prefill", "host_to_device", "nvme_to_host"):
+        rate = getattr(gate, name)
+        found[f"{name}_tokens_per_second"] = rate.tokens_per_second
+        found[f"{name}_latency_seconds"] = rate.latency_seconds
+    return found
+
+
+WORKER = Speeds(
+    layers=12, token_bytes=2048, step_seconds=0.02, prefill_token_seconds=1 / 4000,
+    prefill_pair_seconds=0.0, decode_base_seconds=0.015, decode_request_seconds=0.0,
+    decode_context_seconds=0.0, device_tokens=8192, host_tokens=24_414, nvme_tokens=3_906_250,
+    link_bytes_per_second=2e9, nvme_read_bytes_per_second=0.5e9, nvme_write_bytes_per_second=1e9,
+    network_bytes_per_second=1e9, link_latency_seconds=0.001, disk_latency_seconds=0.002,
+)  # fmt: skip
+ROUTER_SECONDS = 0.012
+
+
+def recorded_users() -> list[RecordedUser]:
+    draw = random.Random(5)
+    users = []
+    for number in range(10):
+        tokens, turns = 400 + draw.randrange(600), []
+        for turn in range(8):
+            pause = 0.3 * number if not turn else draw.expovariate(1 / 1.5)
+            turns.append(RecordedTurn(tokens, 8, pause, min(pause, 1.0) if turn else None))
+            tokens += 50 + draw.randrange(250)
+        users.append(RecordedUser(number, turns))
+    return users
+
+
+def write_run(directory: Path, arm: str, rules: RunRules, counters: dict[str, Any]) -> None:
+    """A real run's file, with a simulation in the place of the servers."""
+    cluster = Cluster(rules, recorded_users())
+    requests = cluster.run()
+    header = Header(scenario="made", arm=arm, repetition=0, version=1, environment={})
+    records = [
+        RequestRecord(
+                session_id=str(item.session), turn=item.turn, due_seconds=item.due_seconds,
+                sent_seconds=item.due_seconds,
+                latency_seconds=item.ended_seconds - item.due_seconds + ROUTER_SECONDS,
+                ttft_seconds=item.ttft_seconds + ROUTER_SECONDS,
+                tpot_seconds=item.tpot_seconds, prompt_tokens=item.prompt_tokens,
+                cached=CachedTokens(device=item.device_tokens, host=item.host_tokens,
+                                    storage=item.nvme_tokens),
+                output_tokens=item.answer_tokens,
+                lead_seconds=1.0 if rules.advice is not None and item.turn else None,
+            )
+        for item in requests
+    ]  # fmt: skip
+    lines: list[Any] = [header, *records]
+    seconds = max(item.ended_seconds for item in requests)
+    lines.append(
+        End(seconds=seconds, requests=len(requests), sessions=10, requests_unsent=0, advice=None,
+            counters=[counters, counters])
+    )  # fmt: skip
+    path = directory / f"0-{arm}.jsonl"
+    path.write_bytes(b"".join(msgspec.json.encode(line) + b"\n" for line in lines))
+
+
+def write_scenario(directory: Path) -> None:
+    arms = (
+        Arm(name="stock", server="hicache", workers=2, router="stock:round_robin"),
+        Arm(name="advised", server="symphony", workers=2, router="symphony:symphony",
+            advice=Advice(lead_seconds=1.0)),
+    )  # fmt: skip
+    scenario = Scenario(
+        name="made", title="two simulated workers", baseline="stock", arm=arms,
+        worker=WorkerSizes(device_tokens=8192, host_gb=0.05),
+        workload=Workload(source="claude-code", sessions=10, session_requests=8, concurrency=10),
+        model=Model(layers=12),
+    )  # fmt: skip
+    (directory / "scenario.json").write_bytes(msgspec.json.encode(scenario))
+
+
+def test_two_workers_are_validated_with_the_speeds_that_they_measured(tmp_path: Path) -> None:
+    """Held against runs whose workers are simulated themselves, everything must agree; held
+    against workers that were twice as slow as they say, times must not."""
+    write_scenario(tmp_path)
+    rates = rates_json(WORKER.gate())
+    counters = {"levels": {"device": {"token_bytes": 2048}}, "rates": rates}
+    common = {"workers": 2, "users": UserRules(users=10), "seconds": 900.0, "page_size": 16}
+    slow = dataclasses.replace(
+        WORKER, prefill_token_seconds=2 / 4000, step_seconds=0.04, decode_base_seconds=0.03
+    )
+    for speeds, agree in ((WORKER, True), (slow, False)):
+        stock = RunRules(name="stock", speeds=speeds, features=Features(), policy="round_robin",
+                         **common)  # type: ignore[arg-type]  # fmt: skip
+        ours = RunRules(name="advised", speeds=speeds, policy="symphony", migrate=True,
+                        features=Features(gate=True, protect_queued=True), advice=AdviceMix(),
+                        plan_moves=True, **common)  # type: ignore[arg-type]  # fmt: skip
+        write_run(tmp_path, "stock", stock, {})
+        write_run(tmp_path, "advised", ours, counters)
+        result = validate(tmp_path)
+        within = result["within"]
+        assert within["ttft_seconds"] == ([2, 2] if agree else [0, 2]), result["arms"]
+        assert all(count == [2, 2] for count in within.values()) is agree
+    speeds = result["arms"]["stock"]["speeds"]
+    assert speeds["from"]["prefill"] == "workers", "stock workers get the speeds of ours"
+    assert speeds["prefill_tokens_per_second"] == pytest.approx(4000)
+    assert "advised (2 workers)" in table(result)
+    profile = tomllib.loads(speeds_toml(result))["speeds"]
+    assert msgspec.convert(profile, Speeds).prefill_token_seconds == pytest.approx(1 / 4000)
+
+
+def test_what_the_prefill_does_not_explain_is_overhead() -> None:
+    rate = Rate(1000.0, 0.05)
+    records = [record("a", n, 0.0, 0.05 + 0.1 + extra, 1000, 900)
+               for n, extra in enumerate([0.02, 0.02, 0.3, 1.0])]  # fmt: skip
+    assert overhead_of(records, rate) == pytest.approx(0.02)
+    assert overhead_of([record("a", 0, 0.0, 0.01, 1000)], rate) == 0.0
+    assert overhead_of([], rate) == 0.0

@@ -6,13 +6,18 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from symphony_sglang.core.levels import Level, page_floor
+from symphony_sglang.core.levels import Hop, Level, page_floor
+from symphony_sglang.core.migration_policy import PlannedMove
 from symphony_sglang.sim.hardware import Speeds
 from symphony_sglang.sim.loop import EventLoop
+from symphony_sglang.sim.moves import PULL_WAIT_SECONDS_MAX, SessionMoves, Transfers
 from symphony_sglang.sim.placement import Placement
 from symphony_sglang.sim.promotion import Promotions
 from symphony_sglang.sim.users import Asker, Turn, User, UserRules
 from symphony_sglang.sim.worker import Features, SimRequest, SimWorker
+
+# What is under way when the time is over may take this many times as long to end.
+DRAIN_FACTOR_MAX = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +46,7 @@ class RunRules:
     seconds: float
     advice: AdviceMix | None = None
     migrate: bool = False
+    plan_moves: bool = False  # by the router's planner; else every advisory's choice is carried out
     ramp_seconds: float | None = None  # over which users arrive; None: one mean pause
     page_size: int = 256
     protect_device: float = 0.3
@@ -56,7 +62,6 @@ class RunCounts:
     false_advisories: int = 0
     advisories_left_out: int = 0
     moves: int = 0
-    moved_bytes: int = 0
     pulls: int = 0
     loads: list[list[int]] = field(default_factory=list)  # requests at each worker, each second
 
@@ -71,11 +76,23 @@ class Cluster:
         self.counts = RunCounts()
         self.requests: list[SimRequest] = []
         self.placement = Placement(
-            self.loop, rules.policy, rules.page_size, seed=rules.seed, migrate=rules.migrate
+            self.loop,
+            rules.policy,
+            rules.page_size,
+            workers=rules.workers,
+            break_even=rules.features.break_even,
+            seed=rules.seed,
+            migrate=rules.migrate,
         )
         self.workers: dict[str, SimWorker] = {}
+        self.transfers = Transfers(self.loop, self.placement)
+        self.moves: SessionMoves | None = None
         for number in range(rules.workers):
             self._add_worker(f"worker-{number}")
+        if rules.migrate and rules.plan_moves:
+            self.moves = SessionMoves(
+                self.loop, self.placement, self.workers, self.transfers, self._moved
+            )
         closed = 0 if rules.users.session_rate else rules.users.users
         self.users: list[Asker] = (
             [User(number, rules.users, rules.seed) for number in range(closed)]
@@ -123,16 +140,13 @@ class Cluster:
         ramp = self.rules.ramp_seconds
         if ramp is None:
             ramp = rules.reading_seconds + rules.typing_seconds
-        if rules.session_rate:
-            self._arrive()
         for user in self.users:
             self._start(user, self._draw.uniform(0.0, ramp))
+        if rules.session_rate:
+            self._arrive()
         self.loop.after(1.0, self._sample)
         self.loop.run(self.rules.seconds)
-        horizon = self.rules.seconds
-        while self._open and horizon < 20 * self.rules.seconds:
-            horizon += self.rules.seconds / 4
-            self.loop.run(horizon)
+        self.loop.run(DRAIN_FACTOR_MAX * self.rules.seconds, lambda: not self._open)
         return self.requests
 
     def _start(self, user: Asker, due_seconds: float) -> None:
@@ -143,7 +157,10 @@ class Cluster:
         turn = step[0]
         if turn.turn:
             workers = list(self.workers.values())
-            worker = workers[user.number % len(workers)]
+            place = user.number
+            if self.rules.users.chance_homes:
+                place = random.Random(f"home/{self.rules.seed}/{user.number}").randrange(1 << 30)
+            worker = workers[place % len(workers)]
             worker.remember(turn.session, turn.history_tokens, turn.turn)
             self.placement.remembered(turn.session, turn.history_tokens, worker.name)
         self._ask_at(user, turn, due_seconds if user.start_seconds is None else user.start_seconds)
@@ -194,21 +211,30 @@ class Cluster:
             due_seconds=due_seconds,
         )
         self._open += 1
-        decision = self.placement.route(request)
+        early = None if self.moves is None else self.moves.early(turn.session)
+        decision = self.placement.route(request, early)
+        if self.moves is not None:
+            self.moves.turn_started(turn.session, decision)
         worker = self.workers[decision.worker_id]
         prepared = self._prepared.pop(turn.session, None)
         if prepared is not None and prepared is not worker and prepared.promotions is not None:
             prepared.promotions.withdraw(turn.session)
-        if decision.pull is not None and self.rules.migrate:
+        pull = decision.pull
+        if pull is not None and self.rules.migrate and early is None:
             self.counts.pulls += 1
-            source = self.workers[decision.pull.source_worker_id]
-            done = self._copy(source, worker, turn.session)
-            self.loop.at(done, self._arrive_copied, request, worker, source)
+            source = self.workers[pull.source_worker_id]
+            done = self.transfers.copy(source, worker, turn.session)
+            wait = min(pull.pull_seconds + pull.saved_seconds, PULL_WAIT_SECONDS_MAX)
+            if done - self.loop.now_seconds <= wait:
+                self.loop.at(done, self._arrive_copied, request, worker, source)
+            else:
+                # What comes after that is of no use: the request computes.
+                self.loop.after(wait, worker.submit, request)
         else:
             worker.submit(request)
 
     def _arrive_copied(self, request: SimRequest, worker: SimWorker, source: SimWorker) -> None:
-        request.peer_tokens = self._land(source, worker, request.session)
+        request.peer_tokens = self.transfers.land(source, worker, request.session)
         worker.submit(request)
 
     def _ended(self, request: SimRequest) -> None:
@@ -216,6 +242,8 @@ class Cluster:
         self.requests.append(request)
         self.placement.ended(request)
         self.placement.turn_ended(request)
+        if self.moves is not None:
+            self.moves.turn_ended(request.session, request.worker)
         user = self._user_of[request.session]
         user.answered(request.answer_tokens)
         step = user.next_turn()
@@ -229,6 +257,8 @@ class Cluster:
 
     def _forget(self, session: int) -> None:
         self.placement.forget(session)
+        if self.moves is not None:
+            self.moves.forget(session)
         self._user_of.pop(session, None)
         self._prepared.pop(session, None)
 
@@ -254,49 +284,49 @@ class Cluster:
         if not tokens:
             return
         choice = self.placement.advise(session, tokens)
-        target = self.workers[choice.worker_id]
-        source_id = choice.source_worker_id
-        if source_id is not None and source_id != choice.worker_id and not self.rules.migrate:
+        target, source_id = self.workers[choice.worker_id], choice.source_worker_id
+        if self.moves is not None:
+            planned = self.moves.advise(session, tokens, choice)
+            if planned is not None:
+                self._expect_moved(planned)
+                return
+            owner = self.placement.owner(session)
+            target = target if owner is None else self.workers[owner]
+        elif source_id is not None and source_id != target.name:
+            if self.rules.migrate:
+                self._move_at_once(self.workers[source_id], target, session, tokens)
+                return
             target = self.workers[source_id]
-        if source_id in (None, target.name):
-            ready = self.loop.now_seconds + choice.cost.bring
-            self.placement.promised(session, target.name, tokens, ready)
-            self._promote(target, session, tokens)
-            return
-        assert source_id is not None
-        source = self.workers[source_id]
+        ready = self.loop.now_seconds + choice.cost.bring
+        self.placement.promised(session, target.name, tokens, ready)
+        self._promote(target, session, tokens)
+
+    def _expect_moved(self, planned: PlannedMove) -> None:
+        """Its next turn goes to the target, when the copy is through."""
+        target = self.workers[planned.target_id]
+        ready = max(self.loop.now_seconds, target.transfers_until_seconds)
+        self.placement.promised(int(planned.session_id), target.name, planned.tokens, ready)
+
+    def _moved(self, planned: PlannedMove) -> None:
+        """A planned move has switched: what was promised there can be brought up."""
+        session = int(planned.session_id)
         self.counts.moves += 1
-        done = self._copy(source, target, session)
+        if self.placement.is_promised(session, planned.target_id):
+            self._promote(self.workers[planned.target_id], session, planned.tokens)
+
+    def _move_at_once(
+        self, source: SimWorker, target: SimWorker, session: int, tokens: int
+    ) -> None:
+        """The paper's way: the choice made at the advisory is carried out, whatever it costs."""
+        self.counts.moves += 1
+        done = self.transfers.copy(source, target, session)
         self.placement.promised(session, target.name, tokens, done)
-        self.loop.at(done, self._moved, source, target, session, tokens)
+        self.loop.at(done, self._moved_at_once, source, target, session, tokens)
 
-    def _copy(self, source: SimWorker, target: SimWorker, session: int) -> float:
-        """Queue the copy on both ends' networks; from NVMe it is read first."""
-        held = max(source.host.tokens(session), source.nvme.tokens(session))
-        have = max(target.host.tokens(session), target.nvme.tokens(session))
-        missing = max(0, held - have)
-        size = missing * source.speeds.token_bytes
-        self.counts.moved_bytes += size
-        ready = 0.0
-        on_disk = max(0, held - source.host.tokens(session))
-        if on_disk:
-            ready = source.disk.reserve(on_disk * source.speeds.token_bytes)
-        sent = source.network.reserve(size, not_before_seconds=ready)
-        done = max(sent, target.network.reserve(size, not_before_seconds=ready))
-        for worker in (source, target):
-            worker.transfers_until_seconds = max(worker.transfers_until_seconds, done)
-        return done
-
-    def _land(self, source: SimWorker, target: SimWorker, session: int) -> int:
-        """The copied pages are in the target's host memory, and on their way to its disk."""
-        held = max(source.host.tokens(session), source.nvme.tokens(session))
-        before = target.host.tokens(session)
-        after = target.host.grow(session, held)
-        target.nvme.grow(session, held)
-        return max(0, after - before)
-
-    def _moved(self, source: SimWorker, target: SimWorker, session: int, tokens: int) -> None:
-        self._land(source, target, session)
+    def _moved_at_once(
+        self, source: SimWorker, target: SimWorker, session: int, tokens: int
+    ) -> None:
+        self.transfers.land(source, target, session)
         if self.placement.is_promised(session, target.name):
             self._promote(target, session, tokens)
 
@@ -310,6 +340,26 @@ class Cluster:
             f"a{self._advisories}", session, tokens, self.rules.advice.expires_seconds
         )
 
+    def _check_bytes(self) -> None:
+        """What went over each hop is what requests, promotions and copies asked for there."""
+        workers, size = list(self.workers.values()), self.rules.speeds.token_bytes
+        under_way = [
+            request for worker in workers for request in (*worker.running, *worker.waiting)
+        ]
+        under_way += [request for worker in workers for request in worker.fetching.values()]
+        requests = [*self.requests, *under_way]
+        begun = [worker.promotions.begun_bytes for worker in workers if worker.promotions]
+        loaded = size * sum(request.loaded_tokens for request in requests)
+        fetched = size * sum(request.fetched_tokens for request in requests)
+        if not any(worker.is_busy for worker in workers):
+            promoted = sum(hops[Hop.HOST_TO_DEVICE] for hops in begun)
+            assert sum(worker.link.bytes for worker in workers) == loaded + promoted
+        staged = sum(hops[Hop.NVME_TO_HOST] for hops in begun) + self.transfers.read_bytes
+        assert sum(worker.disk.bytes for worker in workers) == fetched + staged
+        sent = self.transfers.bytes
+        assert sum(worker.network.bytes for worker in workers) == 2 * sent
+        assert 0 <= self.transfers.landed_bytes <= sent
+
     def check(self) -> None:
         """Conservation: each request ended once, and every worker's books balance."""
         numbers = [request.number for request in self.requests]
@@ -320,8 +370,11 @@ class Cluster:
             assert found + request.computed_tokens == request.prompt_tokens, request
             assert request.produced == request.answer_tokens, request
             assert request.due_seconds <= request.first_token_seconds <= request.ended_seconds
+        self._check_bytes()
         for worker in self.workers.values():
             worker.check()
             if worker.promotions is not None:
                 worker.promotions.check()
         self.placement.check()
+        if self.moves is not None:
+            self.moves.check()

@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from symphony_sglang.clock import SystemClock
 from symphony_sglang.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -40,6 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.progress import Progress
 
     from symphony_sglang.sim.cluster import Cluster
+    from symphony_sglang.sim.pace import cpu_seconds, few_collections, times_real_time
     from symphony_sglang.sim.results import figures
     from symphony_sglang.sim.scenario import check_scenario, load_scenario
 
@@ -53,18 +53,20 @@ def run(arguments: argparse.Namespace) -> int:
     if not runs:
         names = ", ".join(arm.name for arm in scenario.arm)
         raise ConfigError(f"--arm {arguments.arm}: expected of {names}")
-    console, clock = Console(), SystemClock()
+    console = Console()
     rows: list[dict[str, Any]] = []
     with Progress(console=console, transient=True) as progress:
         bar = progress.add_task(scenario.name, total=len(runs))
         for rules in runs:
             progress.update(bar, description=f"{rules.name}, {rules.users.users} users")
-            started = clock.monotonic()
             cluster = Cluster(rules)
-            cluster.run()
+            with few_collections():
+                started = cpu_seconds()
+                cluster.run()
+                spent = cpu_seconds() - started
             cluster.check()
             row = figures(cluster, scenario.warm_seconds)
-            row["speed"] = cluster.loop.now_seconds / max(1e-9, clock.monotonic() - started)
+            row["speed"] = times_real_time(cluster.loop.now_seconds, spent)
             rows.append(row)
             progress.advance(bar)
     if arguments.output:

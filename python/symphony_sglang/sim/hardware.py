@@ -41,6 +41,16 @@ class ModelShape:
 
 
 @dataclass(frozen=True, slots=True)
+class Disk:
+    """A disk, or a share of one."""
+
+    name: str
+    size_bytes: float
+    read_bytes_per_second: float
+    write_bytes_per_second: float
+
+
+@dataclass(frozen=True, slots=True)
 class Machine:
     """One accelerator and its share of a host. Rates in bytes (or operations) a second."""
 
@@ -50,9 +60,7 @@ class Machine:
     hbm_bytes_per_second: float
     link_bytes_per_second: float  # host to device, one direction
     host_bytes: float
-    nvme_bytes: float
-    nvme_read_bytes_per_second: float
-    nvme_write_bytes_per_second: float
+    disk: Disk
     network_bytes_per_second: float
 
 
@@ -63,16 +71,31 @@ MODELS = {
         ModelShape("llama-2-13b", 13.0e9, 40, 5120, 40, 128),
     )
 }
+# Host to device, one direction, as reached: PCIe 4.0 x16 carries some 25 of 32 GB/s, 5.0 twice as
+# much.
+# By blocks: copies of 16 tokens of one layer, 32 KiB with grouped heads, as vLLM swaps.
+LINKS = {"pcie-4.0-x16": 25e9, "pcie-5.0-x16": 50e9, "pcie-4.0-x16-by-blocks": 6e9}
+DISKS = {
+    disk.name: disk
+    for disk in (
+        Disk("nvme", 4e12, 3.2e9, 2.0e9),
+        Disk("nvme-quarter", 1e12, 0.8e9, 0.5e9),
+        Disk("nvme-5.0-pair", 4e12, 12e9, 6e9),
+    )
+}
+NETWORKS = {"100gbe": 12.5e9, "100gbe-quarter": 3.1e9}
 MACHINES = {
     machine.name: machine
     for machine in (
         # SYMPHONY §5.1: nodes of four A100-80GB with 256 GB of memory, 4 TB of SSD and 100 Gb/s,
-        # so a quarter of each for one GPU. PCIe 4.0 x16 reaches some 25 GB/s.
-        Machine("a100-80g", 312e12, 80e9, 2.039e12, 25e9, 64e9, 1e12, 0.8e9, 0.5e9, 3.1e9),
-        # SXM, PCIe 5.0 x16, two NVMe drives and a quarter of 256 GB, 100 GbE for itself.
-        Machine("h200", 989e12, 141e9, 4.8e12, 50e9, 256e9, 4e12, 12e9, 6e9, 12.5e9),
+        # so a quarter of each for one GPU.
+        Machine("a100-80g", 312e12, 80e9, 2.039e12, LINKS["pcie-4.0-x16"], 64e9,
+                DISKS["nvme-quarter"], NETWORKS["100gbe-quarter"]),
+        # SXM, with two NVMe drives, 256 GB and 100 GbE for itself.
+        Machine("h200", 989e12, 141e9, 4.8e12, LINKS["pcie-5.0-x16"], 256e9,
+                DISKS["nvme-5.0-pair"], NETWORKS["100gbe"]),
     )
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,9 +169,9 @@ def speeds_of(machine: Machine, shape: ModelShape) -> Speeds:
         decode_context_seconds=shape.token_bytes / bandwidth,
         device_tokens=device_tokens,
         host_tokens=int(machine.host_bytes / shape.token_bytes),
-        nvme_tokens=int(machine.nvme_bytes / shape.token_bytes),
+        nvme_tokens=int(machine.disk.size_bytes / shape.token_bytes),
         link_bytes_per_second=machine.link_bytes_per_second,
-        nvme_read_bytes_per_second=machine.nvme_read_bytes_per_second,
-        nvme_write_bytes_per_second=machine.nvme_write_bytes_per_second,
+        nvme_read_bytes_per_second=machine.disk.read_bytes_per_second,
+        nvme_write_bytes_per_second=machine.disk.write_bytes_per_second,
         network_bytes_per_second=machine.network_bytes_per_second,
     )

@@ -57,6 +57,8 @@ class LevelStore:
         self.used_tokens = 0
         self.floor_tokens = 0
         self.evicted_tokens = 0
+        self.added_tokens = 0  # since the start, as are those that left
+        self.removed_tokens = 0
         self._held: OrderedDict[int, Holding] = OrderedDict()
         self._changed = changed
         self._nodes = {} if nodes is None else nodes
@@ -64,6 +66,10 @@ class LevelStore:
     def tokens(self, session: int) -> int:
         holding = self._held.get(session)
         return 0 if holding is None else holding.tokens
+
+    def sessions(self) -> list[int]:
+        """Those that are here, least recently used first."""
+        return list(self._held)
 
     def floor(self, session: int) -> int:
         """What of the session cannot be evicted now."""
@@ -157,6 +163,10 @@ class LevelStore:
             return
         holding.tokens = tokens
         self.used_tokens += tokens - before
+        if tokens > before:
+            self.added_tokens += tokens - before
+        else:
+            self.removed_tokens += before - tokens
         self._changed(self.level, session, before, tokens)
         self._tidy(session, holding)
 
@@ -167,6 +177,7 @@ class LevelStore:
     def check(self) -> None:
         """The counts equal the sums, and the capacity holds."""
         assert self.used_tokens == sum(item.tokens for item in self._held.values())
+        assert self.used_tokens == self.added_tokens - self.removed_tokens
         assert self.floor_tokens == sum(item.floor for item in self._held.values())
         assert 0 <= self.used_tokens <= self.capacity_tokens, (self.level, self.used_tokens)
         assert all(item.floor <= item.tokens for item in self._held.values())

@@ -41,11 +41,17 @@ class EventLoop:
     def after(self, seconds: float, call: Callable[..., None], *values: Any) -> Timer:
         return self.at(self.now_seconds + seconds, call, *values)
 
-    def run(self, until_seconds: float = float("inf")) -> None:
-        """Run to the end of the events, or of the time; later events stay."""
-        heap = self._heap
+    def run(
+        self,
+        until_seconds: float = float("inf"),
+        is_over: Callable[[], bool] | None = None,
+    ) -> None:
+        """Run to the end of the events, or of the time, or until `is_over`; later events stay."""
+        heap, pop = self._heap, heapq.heappop
         while heap and heap[0][0] <= until_seconds:
-            seconds, _, timer = heapq.heappop(heap)
+            if is_over is not None and is_over():
+                return
+            seconds, _, timer = pop(heap)
             if timer.cancelled:
                 continue
             self.now_seconds = seconds

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 
 from symphony_sglang.core.gate import Rate
 from symphony_sglang.core.levels import Level
-from symphony_sglang.core.location import LocationIndex
+from symphony_sglang.core.location import IndexLimits, LocationIndex
 from symphony_sglang.core.routing_policies import make_policy
 from symphony_sglang.core.routing_types import (
     AdvisedPlace,
@@ -19,6 +19,8 @@ from symphony_sglang.core.routing_types import (
     Decision,
     EventHashes,
     LoadView,
+    PolicySettings,
+    Reason,
     RouteRequest,
     WorkerRates,
     WorkerView,
@@ -62,25 +64,39 @@ class Placement:
     """What a router knows and decides. Workers are added before the first event."""
 
     def __init__(
-        self, loop: EventLoop, policy: str, page_size: int, *, seed: int, migrate: bool
+        self,
+        loop: EventLoop,
+        policy: str,
+        page_size: int,
+        *,
+        workers: int,
+        break_even: float,
+        seed: int,
+        migrate: bool,
     ) -> None:
         self._loop = loop
         self._page = page_size
         self._migrate = migrate
         self._random = random.Random(f"placement/{seed}")
-        self.policy = make_policy(policy)
-        self.index = LocationIndex()
+        self.policy = make_policy(policy, PolicySettings(load_margin=break_even))
+        self._by_text = policy == "cache_aware"
+        # Rows are as wide as there are workers: the index is hashed and compared most of all.
+        self.index = LocationIndex(IndexLimits(workers_max=workers))
         self.loads = LoadLedger()
         self._workers: dict[str, SimWorker] = {}
         self._rates: dict[str, WorkerRates] = {}
         self._changes: list[Change] = []
         self._views: dict[str, WorkerView] = {}
+        self._listed: list[WorkerView] | None = None
+        self._stale: set[str] = set()
         self._reports: dict[str, tuple[LoadView, float]] = {}
         self._advised: dict[int, AdvisedPlace] = {}
         loop.after(1.0, self._tick)
 
     def add(self, worker: SimWorker) -> None:
         self._workers[worker.name] = worker
+        self._views[worker.name] = WorkerView(worker.name)
+        self._stale.add(worker.name)
         gate = worker.gate
         per_token = worker.speeds.network_bytes_per_second / worker.speeds.token_bytes
         self._rates[worker.name] = WorkerRates(
@@ -117,6 +133,7 @@ class Placement:
         if load != last or now - seconds >= HEARTBEAT_SECONDS:
             self._reports[worker.name] = (load, now)
             self.loads.reported(worker.name, load, now)
+            self._stale.add(worker.name)
         self._loop.after(REPORT_SECONDS, self._report, worker)
 
     def _tick(self) -> None:
@@ -125,8 +142,7 @@ class Placement:
 
     @staticmethod
     def _load(worker: SimWorker) -> LoadView:
-        running = worker.running
-        context = sum(request.context_tokens for request in running)
+        running, context = worker.running, worker.context_tokens
         return LoadView(
             requests_running=len(running),
             requests_waiting=len(worker.waiting) + len(worker.fetching),
@@ -144,7 +160,8 @@ class Placement:
 
     def views(self) -> Sequence[WorkerView]:
         now, views = self._loop.now_seconds, self._views
-        for name in self._workers:
+        # Only whose load was heard of, or whose transfers go on, can look different now.
+        for name in self._stale:
             load, known = self.loads.view(name, now), views.get(name)
             busy = self._workers[name].transfers_until_seconds - now
             busy = TRANSFER_STEP_SECONDS * max(0, round(busy / TRANSFER_STEP_SECONDS))
@@ -158,7 +175,15 @@ class Placement:
                     pulls_pages=self._migrate,
                     transfer_seconds=busy,
                 )
-        return list(views.values())
+                self._listed = None
+        self._stale = {name for name in self._stale if views[name].transfer_seconds}
+        if self._listed is None:
+            self._listed = list(views.values())
+        return self._listed
+
+    def transferring(self, *workers: str) -> None:
+        """A transfer was queued at these workers."""
+        self._stale.update(workers)
 
     def _route_request(self, session: int, tokens: int, number: str) -> RouteRequest:
         pages = tokens // self._page
@@ -169,14 +194,16 @@ class Placement:
             page_hashes={self._page: session_hashes(session, pages)},
             session_id=str(session),
             # A text whose head is the session's own and which grows with it.
-            text=f"<{session}>" + "x" * pages,
+            text=f"<{session}>" + "x" * pages if self._by_text else "",
             advised=() if advised is None else (advised,),
         )
 
-    def route(self, request: SimRequest) -> Decision:
-        """Where a request goes; it counts as sent from now on."""
+    def route(self, request: SimRequest, target: str | None = None) -> Decision:
+        """Where a request goes, `target` if that is given; it counts as sent from now on."""
         now = self._loop.now_seconds
         asked = self._route_request(request.session, request.prompt_tokens, str(request.number))
+        if target is not None:
+            asked = replace(asked, target_worker=target)
         decision = self.policy.choose(asked, self.views(), self.index, now, self._random)
         self.policy.routed(asked, decision, self.index, now)
         self._advised.pop(request.session, None)
@@ -187,6 +214,7 @@ class Placement:
             request.prompt_tokens,
             now,
         )
+        self._stale.add(decision.worker_id)
         return decision
 
     def advise(self, session: int, tokens: int) -> AdvisoryChoice:
@@ -206,11 +234,33 @@ class Placement:
         place = self._advised.get(session)
         return place is not None and place.worker_id == worker
 
+    def is_advised(self, session: int) -> bool:
+        """Whether the session's next turn was announced and has not come."""
+        return session in self._advised
+
+    def owner(self, session: int) -> str | None:
+        """Who served the session last, or was given it since."""
+        place = self.index.session(str(session))
+        return None if place is None else place.worker_id
+
+    def moved(self, session: int, worker: str, tokens: int) -> None:
+        """A worker owns the session now: what was routed where before does not count any more."""
+        key, now = str(session), self._loop.now_seconds
+        place = self.index.session(key)
+        turns = 1 if place is None else place.turns
+        epoch = 1 if place is None else place.epoch + 1
+        self.index.session_turn(worker, key, tokens, None, turns, epoch)
+        route = RouteRequest(request_id=f"move-{session}", input_tokens=1, session_id=key)
+        decision = Decision(worker, Reason.SESSION, uncached_tokens=0, considered=1)
+        self.policy.routed(route, decision, self.index, now)
+
     def first_token(self, request: SimRequest) -> None:
         self.loads.first_token(str(request.number))
+        self._stale.add(request.worker)
 
     def ended(self, request: SimRequest) -> None:
         self.loads.ended(str(request.number))
+        self._stale.add(request.worker)
 
     def turn_ended(self, request: SimRequest) -> None:
         """The worker's session table says who served the turn."""
@@ -220,8 +270,12 @@ class Placement:
             request.context_tokens,
             None,
             request.turn + 1,
-            0,
+            self._epoch(request.session),
         )
+
+    def _epoch(self, session: int) -> int:
+        place = self.index.session(str(session))
+        return 0 if place is None else place.epoch
 
     def remembered(self, session: int, tokens: int, worker: str) -> None:
         """Where a session was served before the simulation began."""
@@ -232,5 +286,21 @@ class Placement:
         self.policy.forget_session(str(session))
 
     def check(self) -> None:
+        """Its parts are sound, and once it has heard of everything it knows what each level has."""
+        self._deliver()
         self.index.check()
         self.loads.check()
+        held: dict[int, int] = {}
+        for worker in self._workers.values():
+            for level in (worker.device, worker.host, worker.nvme):
+                for session in level.sessions():
+                    held[session] = max(held.get(session, 0), level.tokens(session))
+        for session, tokens in held.items():
+            found = self.index.find(session_hashes(session, max(1, tokens // self._page)))
+            for name, worker in self._workers.items():
+                match, most, ends = found.match(name), 0, []
+                for level in (worker.device, worker.host, worker.nvme):
+                    most = max(most, level.tokens(session) // self._page)
+                    ends.append(most)
+                known = (match.device_pages, match.device_pages + match.host_pages, match.pages)
+                assert known == tuple(ends), (session, name, known, ends)

@@ -37,6 +37,7 @@ def figures(cluster: Cluster, warm_seconds: float) -> dict[str, Any]:
             for source in SOURCES
         },
         "load_max_over_median": imbalance(samples),
+        "load_max_over_median_p90": imbalance(samples, 90.0),
         "load_peak_over_median": peak(workers),
         "busy_share": [worker.stats.busy_seconds / cluster.loop.now_seconds for worker in workers],
         "exposed_load_seconds": sum(worker.stats.exposed_seconds for worker in workers),
@@ -46,9 +47,11 @@ def figures(cluster: Cluster, warm_seconds: float) -> dict[str, Any]:
             "host_to_device": sum(worker.link.bytes for worker in workers),
             "nvme_read": sum(worker.disk.bytes for worker in workers),
             "nvme_write": sum(worker.disk_write.bytes for worker in workers),
-            "moved": cluster.counts.moved_bytes,
+            "moved": cluster.transfers.bytes,
             "promoted": sum(
-                worker.promotions.bytes_promoted for worker in workers if worker.promotions
+                sum(worker.promotions.begun_bytes.values())
+                for worker in workers
+                if worker.promotions
             ),
         },
         "advisories": {
@@ -58,6 +61,7 @@ def figures(cluster: Cluster, warm_seconds: float) -> dict[str, Any]:
             "outcomes": outcomes(cluster),
         },
         "moves": cluster.counts.moves,
+        "moves_by_cause": {} if cluster.moves is None else dict(cluster.moves.by_cause),
         "pulls": cluster.counts.pulls,
         "events": cluster.loop.events,
     }
@@ -75,10 +79,13 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     }
 
 
-def imbalance(samples: Sequence[Sequence[int]]) -> float:
-    """Mean over time of the busiest worker's requests over the median worker's, idle time apart."""
+def imbalance(samples: Sequence[Sequence[int]], percentile: float | None = None) -> float:
+    """Mean, or percentile, over time of the busiest worker's requests over the median worker's,
+    idle time apart."""
     ratios = [max(sample) / max(1.0, float(np.median(sample))) for sample in samples if any(sample)]
-    return float(np.mean(ratios)) if ratios else 1.0
+    if not ratios:
+        return 1.0
+    return float(np.mean(ratios) if percentile is None else np.percentile(ratios, percentile))
 
 
 def peak(workers: Sequence[SimWorker]) -> float:

@@ -11,7 +11,16 @@ import msgspec
 from symphony_sglang.core.routing_policies import POLICIES
 from symphony_sglang.errors import ConfigError
 from symphony_sglang.sim.cluster import AdviceMix, RunRules
-from symphony_sglang.sim.hardware import MACHINES, MODELS, Speeds, speeds_of
+from symphony_sglang.sim.hardware import (
+    DISKS,
+    LINKS,
+    MACHINES,
+    MODELS,
+    NETWORKS,
+    Machine,
+    Speeds,
+    speeds_of,
+)
 from symphony_sglang.sim.users import UserRules
 from symphony_sglang.sim.worker import Features
 
@@ -26,6 +35,7 @@ class ArmSetup(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     features: Features = Features()
     advice: AdviceMix | None = None
     migrate: bool = False
+    plan_moves: bool = False
     protect_device: float = 0.3
     protect_host: float = 0.5
 
@@ -46,6 +56,9 @@ class SimScenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     arm: tuple[ArmSetup, ...]
     machine: str = ""
     model: str = ""
+    link: str = ""
+    disk: str = ""
+    network: str = ""
     speeds: Speeds | None = None
     device_tokens: int | None = None
     warm_seconds: float = 60.0
@@ -65,10 +78,24 @@ class SimScenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             for name, known in ((self.machine, MACHINES), (self.model, MODELS)):
                 if name not in known:
                     raise ConfigError(f"profile {name!r}; expected one of {', '.join(known)}")
-            speeds = speeds_of(MACHINES[self.machine], MODELS[self.model])
+            speeds = speeds_of(self._machine(), MODELS[self.model])
         if self.device_tokens is not None:
             speeds = dataclasses.replace(speeds, device_tokens=self.device_tokens)
         return speeds
+
+    def _machine(self) -> Machine:
+        """The named one, with the named parts in it."""
+        machine = MACHINES[self.machine]
+        parts = ((self.link, LINKS), (self.disk, DISKS), (self.network, NETWORKS))
+        for name, known in parts:
+            if name and name not in known:
+                raise ConfigError(f"profile {name!r}; expected one of {', '.join(known)}")
+        return dataclasses.replace(
+            machine,
+            link_bytes_per_second=LINKS.get(self.link, machine.link_bytes_per_second),
+            disk=DISKS.get(self.disk, machine.disk),
+            network_bytes_per_second=NETWORKS.get(self.network, machine.network_bytes_per_second),
+        )
 
     def runs(self) -> list[RunRules]:
         """Every (users, arm, seed) in the order in which they are run."""
@@ -84,6 +111,7 @@ class SimScenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 seconds=self.seconds,
                 advice=arm.advice,
                 migrate=arm.migrate,
+                plan_moves=arm.plan_moves,
                 ramp_seconds=self.ramp_seconds,
                 page_size=self.page_size,
                 protect_device=arm.protect_device,

@@ -24,6 +24,10 @@ class UserRules:
         reading_seconds: before typing starts.
         typing_seconds: the lead of an advisory.
         gap_sigma: spread of the pauses; BurstGPT-like arrivals have a large one.
+        tool_share: of the turns, that end with a tool call: an agent's next request comes when the
+            tool is done, and its advisory when the call begins.
+        tool_seconds: what a tool takes,
+        tool_sigma: and its spread.
         history_tokens: of a conversation's first prompt beyond the question.
         skew: 0 for equal users; else the Pareto shape by which some have longer histories and
             read faster.
@@ -32,6 +36,7 @@ class UserRules:
             then only a label).
         midway: the users of a closed loop are met somewhere in the middle of a conversation, and
             what they said before is on their workers' levels.
+        chance_homes: those users' sessions are on workers drawn by chance; else in turn.
         arrival_variation: coefficient of variation of an open loop's gaps: 1 is Poisson, BurstGPT's
             gamma-distributed arrivals have more.
     """
@@ -44,9 +49,13 @@ class UserRules:
     reading_seconds: float = 30.0
     typing_seconds: float = 11.3
     gap_sigma: float = 0.8
+    tool_share: float = 0.0
+    tool_seconds: float = 0.0
+    tool_sigma: float = 1.6
     skew: float = 0.0
     session_rate: float = 0.0
     midway: bool = False
+    chance_homes: bool = False
     arrival_variation: float = 1.0
     context_tokens_max: int = 16_000
     answer_tokens_max: int = 1024
@@ -130,8 +139,11 @@ class User:
                 self._turn = said
                 history += said * (rules.question_tokens + rules.answer_tokens)
             self.context_tokens = min(int(history), rules.context_tokens_max // 2)
-        reading = log_normal(draw, rules.reading_seconds / self._weight, rules.gap_sigma)
-        typing = log_normal(draw, rules.typing_seconds, TYPING_SIGMA)
+        if rules.tool_share and self._turn and draw.random() < rules.tool_share:
+            reading, typing = 0.0, log_normal(draw, rules.tool_seconds, rules.tool_sigma)
+        else:
+            reading = log_normal(draw, rules.reading_seconds / self._weight, rules.gap_sigma)
+            typing = log_normal(draw, rules.typing_seconds, TYPING_SIGMA)
         known = self.context_tokens if self._turn else 0
         new = self.context_tokens + question - known
         turn = Turn(self.session, self._turn, new, known, answer, reading + typing, typing)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from symphony_sglang.core.levels import Level, page_floor
@@ -37,10 +37,12 @@ class Features:
     host: bool = True
     nvme: bool = True
     layer_wise: bool = True  # loads overlap the prefill that needs them, layer by layer
-    gate: bool = False  # a level slower than recomputing is not used
+    gate: bool = False  # a level slower than recomputing is not used,
+    break_even: float = 2.0  # or one that is this many times slower; the workers' own default
     protect_queued: bool = False
     cooperative: bool = True  # promoted pages give way to running work
     layer_order: bool = True  # merged, layer-major promotion loads
+    swap: bool = False  # out of memory, the newest request's KV goes to host and back, as in vLLM
 
 
 @dataclass(slots=True)
@@ -66,6 +68,9 @@ class SimRequest:
     computed_tokens: int = 0
     retractions: int = 0
     produced: int = 0
+    swapped_tokens: int = 0  # in host memory, to come back when it is admitted again
+    fetched_tokens: int = 0  # read from NVMe for it
+    loaded_tokens: int = 0  # brought from host to device for it, and what was swapped both ways
     advised: bool = False
 
     @property
@@ -92,6 +97,7 @@ class WorkerStats:
 
     requests: int = 0
     retractions: int = 0
+    swapped_tokens: int = 0
     busy_seconds: float = 0.0
     exposed_seconds: float = 0.0  # prefill waited for loads this long
     nvme_fetches: int = 0
@@ -104,6 +110,7 @@ class _DecodeRun:
     batch: int
     context_tokens: int
     steps: int
+    least_left: int  # steps to the first end of a request
     timer: Timer | None = field(default=None)
 
 
@@ -128,7 +135,7 @@ class SimWorker:
         self.features = features
         self.page_size = page_size
         self.stats = WorkerStats()
-        self.gate = speeds.gate()
+        self.gate = replace(speeds.gate(), margin=features.break_even)
         self._nodes: dict[int, list[int]] = {}
         host, nvme = speeds.host_tokens * features.host, speeds.nvme_tokens * features.nvme
         self.device = LevelStore(Level.DEVICE, speeds.device_tokens, changed, self._nodes)
@@ -143,6 +150,7 @@ class SimWorker:
         self.fetching: dict[int, SimRequest] = {}
         self.running: list[SimRequest] = []
         self.running_tokens = 0  # what running requests hold beyond the cached prefix of sessions
+        self.context_tokens = 0  # of the running batch, as of its last whole run of steps
         self.promotions: Promotions | None = None
         self._writing: Counter[int] = Counter()
         self._finished = finished
@@ -167,6 +175,7 @@ class SimWorker:
         missing = stored - max(device, host)
         if missing > 0 and self._worth(Level.NVME, missing):
             self.stats.nvme_fetches += 1
+            request.fetched_tokens = missing
             self.fetching[request.number] = request
             done = self.disk.reserve(missing * self.speeds.token_bytes)
             self.loop.at(done, self._fetched, request, stored)
@@ -202,6 +211,11 @@ class SimWorker:
         self._interrupt()
 
     # The loop -----------------------------------------------------------------------------------
+
+    @property
+    def is_busy(self) -> bool:
+        """A prefill, a decode run or a swap is under way."""
+        return self._busy
 
     def wake(self) -> None:
         """Memory or work may have appeared."""
@@ -288,10 +302,15 @@ class SimWorker:
         load_tokens = 0
         for request in batch:
             loaded = request.host_tokens + request.nvme_tokens
+            fresh = request.computed_tokens + request.produced
+            if request.swapped_tokens:
+                # All of it was computed once; one token is what this step adds.
+                loaded, fresh = request.context_tokens - request.device_tokens, 1
+                self.stats.swapped_tokens += loaded
+                request.swapped_tokens = 0
             load_tokens += loaded
-            compute += self.speeds.prefill_seconds(
-                request.computed_tokens + request.produced, request.device_tokens + loaded
-            )
+            request.loaded_tokens += loaded
+            compute += self.speeds.prefill_seconds(fresh, request.device_tokens + loaded)
         now = self.loop.now_seconds
         load = 0.0
         if load_tokens:
@@ -324,10 +343,11 @@ class SimWorker:
                     self._first_token(request)
             request.produced += 1
             self.running_tokens += 1
+            self.context_tokens += request.context_tokens
             self.running.append(request)
         self._end_finished()
         if self.promotions is not None and not self.waiting:
-            self.promotions.step_soon()  # loads for advisories wait while requests do
+            self.promotions.requests_admitted()
         self._next()
 
     # Decoding -----------------------------------------------------------------------------------
@@ -341,13 +361,12 @@ class SimWorker:
             self._give_way(batch)
             room = self.device.capacity_tokens - self.running_tokens - self.device.floor_tokens
         if room < batch:
-            self._retract()
-            self._next()
+            if not self._retract():
+                self._next()
             return
-        steps = max(1, min(steps, room // batch))
-        context = sum(request.context_tokens for request in self.running)
+        least, steps = steps, max(1, min(steps, room // batch))
         self._busy = True
-        run = _DecodeRun(self.loop.now_seconds, batch, context, steps)
+        run = _DecodeRun(self.loop.now_seconds, batch, self.context_tokens, steps, least)
         run.timer = self.loop.after(self._steps_seconds(run, steps), self._decoded, run, steps)
         self._run = run
 
@@ -387,17 +406,35 @@ class SimWorker:
         self.stats.busy_seconds += self.loop.now_seconds - run.started_seconds
         for request in self.running:
             request.produced += steps
+        self.context_tokens += steps * len(self.running)
         self._take(steps * len(self.running))
-        self._end_finished()
+        if steps >= run.least_left:
+            self._end_finished()
         self._next()
 
-    def _retract(self) -> None:
-        """Out of memory while decoding: the newest request waits again, its KV recomputed."""
+    def _retract(self) -> bool:
+        """Out of memory while decoding: the newest request waits again, its KV to be computed or
+        swapped; True where the device is busy with that."""
         request = self.running.pop()
+        self.context_tokens -= request.context_tokens
         request.retractions += 1
         self.stats.retractions += 1
+        held = request.context_tokens - request.device_tokens
         self._release(request, keep=False)
         self.waiting.appendleft(request)
+        if not self.features.swap:
+            return False
+        request.swapped_tokens = held
+        request.loaded_tokens += held
+        self.stats.swapped_tokens += held
+        self._busy = True
+        done = self.link.reserve(held * self.speeds.token_bytes)
+        self.loop.at(done, self._swapped)
+        return True
+
+    def _swapped(self) -> None:
+        self._busy = False
+        self._next()
 
     def _end_finished(self) -> None:
         ended = [item for item in self.running if item.produced >= item.answer_tokens]
@@ -405,6 +442,7 @@ class SimWorker:
             return
         self.running = [item for item in self.running if item.produced < item.answer_tokens]
         for request in ended:
+            self.context_tokens -= request.context_tokens
             request.ended_seconds = self.loop.now_seconds
             self._release(request, keep=True)
             self._finished(request)
@@ -441,6 +479,7 @@ class SimWorker:
         """Conservation: levels add up, and running memory is what running requests hold."""
         for level in (self.device, self.host, self.nvme):
             level.check()
+        assert self.context_tokens == sum(item.context_tokens for item in self.running)
         held = sum(item.context_tokens - item.device_tokens for item in self.running)
         if not self._busy:
             assert self.running_tokens == held, (self.running_tokens, held)
