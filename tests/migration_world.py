@@ -26,9 +26,9 @@ REPORT_SECONDS = 0.5
 LOST_SECONDS = 1.6
 COPY_TOKENS_PER_SECOND = 4000.0
 PREFILL_TOKENS_PER_SECOND = 2000.0
-LIMITS = MoveLimits(deadline_seconds=20.0, answer_seconds=0.4, tries_max=4)
+LIMITS = MoveLimits(deadline_seconds=20.0, answer_seconds=0.4, tries_max=4, renew_seconds=0.7)
 BOOK_LIMITS = BookLimits(rest_seconds=0.5, move=LIMITS)
-WORKER_LIMITS = WorkerMoveLimits(lease_seconds=25.0)
+WORKER_LIMITS = WorkerMoveLimits(lease_seconds=2.5)
 
 
 @dataclass
@@ -47,6 +47,7 @@ class World:
     loss: float = 0.1
     duplicates: float = 0.1
     delay_max: float = 0.3
+    turn_seconds: float | None = None  # None: a random short time
     now: float = 0.0
     log: OwnershipLog = field(default_factory=OwnershipLog)
     served: list[tuple[str, str, str]] = field(default_factory=list)  # request, worker, how
@@ -165,7 +166,7 @@ class Worker:
     def _carry_out(self, order: Order) -> Reply:  # noqa: C901
         moves, now = self.moves, self.world.now
         assert moves is not None
-        moves.expire(now)
+        moves.expire(now, order.move_id)
         record = self.records.get(order.session_id)
         match order.kind:
             case OrderKind.RESERVE:
@@ -235,7 +236,7 @@ class Worker:
     def serve(self, session_id: str, done: Callable[[bool], None]) -> None:
         """One turn: takes time, makes the session longer."""
         life = self.life
-        seconds = 0.1 + self.world.random.random() * 0.4
+        seconds = self.world.turn_seconds or 0.1 + self.world.random.random() * 0.4
 
         def end() -> None:
             if life != self.life or not self.up:

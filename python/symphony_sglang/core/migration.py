@@ -83,11 +83,13 @@ class Order(NamedTuple):
 
 
 _S, _E = MoveState, MoveEvent
-# What each state has under way at whom; states that are not listed wait for an event.
+# What each state has under way at whom; states that are not listed wait for an event. A held move
+# asks for its reservation again and again: that is what renews the target's lease.
 ORDERS: dict[MoveState, tuple[OrderKind, bool]] = {  # kind, whether to the target
     _S.RESERVING: (OrderKind.RESERVE, True),
     _S.COPYING: (OrderKind.COPY, True),
     _S.VERIFYING: (OrderKind.VERIFY, True),
+    _S.HELD: (OrderKind.RESERVE, True),
     _S.SWITCHING: (OrderKind.SWITCH, True),
     _S.RELEASING: (OrderKind.RELEASE, False),
     _S.ABORTING: (OrderKind.ABORT, True),
@@ -121,11 +123,10 @@ TRANSITIONS: dict[MoveState, dict[MoveEvent, MoveState]] = {
         _E.SOURCE_LOST: _S.SWITCHING,
     },
     _S.HELD: {
+        **_GIVE_UP,
+        _E.OK: _S.HELD,
         _E.TURN_ENDED: _S.COPYING,
-        _E.CANCEL: _S.ABORTING,
-        _E.DEADLINE: _S.ABORTING,
         _E.SOURCE_LOST: _S.SWITCHING,
-        _E.TARGET_LOST: _S.ABORTED,
     },
     # Whether an unanswered target took the switch cannot be known, only overruled.
     _S.SWITCHING: {
@@ -182,12 +183,14 @@ class MoveLimits:
     tries_max: int = 4
     poll_seconds: float = 0.05  # between two questions how far a copy is, at first
     poll_seconds_max: float = 0.5
+    renew_seconds: float = 3.0  # of the target's lease, while a turn holds the move
     copy_rounds_max: int = 4  # of a session that keeps growing, or whose pages keep going
 
     def __post_init__(self) -> None:
         assert self.deadline_seconds > 0, self
         assert self.answer_seconds > 0, self
         assert 0 < self.poll_seconds <= self.poll_seconds_max, self
+        assert self.renew_seconds > 0, self
         assert self.tries_max > 0, self
         assert self.copy_rounds_max > 0, self
 
@@ -249,6 +252,10 @@ class Move:
         """
         following = TRANSITIONS[self.state].get(event)
         if following is None:
+            return None
+        if following is self.state:  # the lease was renewed
+            self.tries = 0
+            self.repeat_at_seconds = now_seconds + self.limits.renew_seconds
             return None
         if following is MoveState.COPYING:
             if self.copy_rounds >= self.limits.copy_rounds_max:

@@ -52,7 +52,7 @@ class WorkerMoveLimits:
 
     reservations_max: int = 64
     bytes_max: int = 8 << 30
-    lease_seconds: float = 90.0  # renewed by every order of the move
+    lease_seconds: float = 10.0  # renewed by every order of the move
     ended_max: int = 4096  # moves remembered so that a late order cannot revive one
 
 
@@ -82,12 +82,20 @@ class WorkerMoves:
         while len(self._ended) > self.limits.ended_max:
             self._ended.popitem(last=False)
 
-    def expire(self, now_seconds: float) -> list[str]:
-        """End the reservations whose router has been silent; the moves that ended."""
+    def lease_ended(self, now_seconds: float) -> bool:
+        """Whether `expire` would end a reservation."""
+        return any(now_seconds >= one.expires_at_seconds for one in self._reservations.values())
+
+    def expire(self, now_seconds: float, but: str = "") -> list[str]:
+        """End the reservations whose router has been silent; the moves that ended.
+
+        Args:
+            but: a move of which an order has just come, however late it is taken up.
+        """
         late = [
             one.move_id
             for one in self._reservations.values()
-            if now_seconds >= one.expires_at_seconds
+            if now_seconds >= one.expires_at_seconds and one.move_id != but
         ]
         for move_id in late:
             self._end(move_id)
@@ -96,7 +104,7 @@ class WorkerMoves:
     def reserve(self, order: Order, now_seconds: float) -> Reply:
         """Room for a move, or the reason why not."""
         assert order.kind is OrderKind.RESERVE, order
-        self.expire(now_seconds)
+        self.expire(now_seconds, order.move_id)
         if order.move_id in self._ended:
             return self._reply(order, False, "move_ended")
         known = self._reservations.get(order.move_id)
