@@ -25,6 +25,7 @@ from symphony_sglang.errors import ConfigError
 FLAG_PREFIX = "--symphony-"
 ENVIRONMENT_PREFIX = "SYMPHONY_"
 # The names of ``store.SyncPolicy``, which this layer may not import; a test compares them.
+TRANSFERS = ("socket", "nixl")
 SYNC_POLICIES = ("batch", "interval", "off")
 TRANSFER_KEY_CHARACTERS_MIN = 16
 
@@ -152,6 +153,12 @@ class SymphonyConfig:
         True,
         "workers of the same user on this host may copy pages from each other's memory",
     )
+    transfer: str = setting(
+        "socket",
+        "how pages travel between workers: socket, or nixl (RDMA, unencrypted; see "
+        "docs/migration.md)",
+        metavar="ENGINE",
+    )
     transfer_key: str = setting(
         "",
         "secret of all workers that encrypts page transfers, at least 16 characters; better given "
@@ -181,6 +188,16 @@ class SymphonyConfig:
             raise ConfigError(
                 f"{flag_name('transfer_key')} has {len(self.transfer_key)} characters; "
                 f"expected at least {TRANSFER_KEY_CHARACTERS_MIN}"
+            )
+        if self.transfer not in TRANSFERS:
+            raise ConfigError(
+                f"{flag_name('transfer')} is {self.transfer!r}; "
+                f"expected one of {', '.join(TRANSFERS)}"
+            )
+        if self.transfer_key and self.transfer != "socket":
+            raise ConfigError(
+                f"{flag_name('transfer_key')} asks for encrypted pages, which "
+                f"{flag_name('transfer')} {self.transfer} does not send; expected one of the two"
             )
         if self.nvme_sync not in SYNC_POLICIES:
             raise ConfigError(

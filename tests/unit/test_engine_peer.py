@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 
 import pytest
@@ -15,6 +16,7 @@ from symphony_sglang.core.sessions import SessionKey, SessionTable
 from symphony_sglang.engine.messages import PeerRequest
 from symphony_sglang.engine.peer import PULLS_WAITING_MAX, PeerLevel
 from symphony_sglang.engine.session_keeper import SessionKeeper
+from symphony_sglang.testing.disk import FaultyDisk, Operation
 from symphony_sglang.wire.page_server import ServerSettings
 from symphony_sglang.wire.secure_channel import TransferKey
 from wire_world import CLOCK, SECRET, eventually
@@ -43,11 +45,13 @@ class Driver:
 class Worker:
     """Ranks 0 to n-1 of one worker, told the same in the same order, as the scheduler does."""
 
-    def __init__(self, folder, ranks: int = 1, secret: str | None = None, port: int = 0) -> None:
+    def __init__(
+        self, folder, ranks: int = 1, secret: str | None = None, port: int = 0, **options
+    ) -> None:
         self.stores, self.drivers, self.peers = [], [], []
         for rank in range(ranks):
             namespace = dataclasses.replace(NAMESPACE, tp_rank=rank, tp_size=ranks)
-            store, driver = open_store(folder / str(rank), namespace=namespace), Driver()
+            store, driver = open_store(folder / str(rank), namespace=namespace, **options), Driver()
             peer = PeerLevel(
                 driver,
                 store,
@@ -294,6 +298,55 @@ def test_aborted_move_leaves_nothing_and_cannot_switch(worker) -> None:
     assert b.order(OrderKind.RESERVE, 1)["reason"] == "move_ended"
     assert b.drivers[0].sessions.find("s1") == ()
     assert a.drivers[0].sessions.find("s1")
+
+
+def test_full_disk_at_the_target_fails_the_copy_and_the_session_stays(worker) -> None:
+    disk = FaultyDisk()
+    a, b = worker("a"), worker("b", disk=disk)
+    hashes = seat(a)
+    disk.fail(Operation.WRITE, errno.ENOSPC)
+    assert b.order(OrderKind.RESERVE, 1)["ok"]
+    reply = copy_until_done(b, a.address, 2)
+    assert not reply["ok"]
+    assert reply["reason"].startswith("no_room")
+    assert b.order(OrderKind.ABORT, 3)["ok"]
+    assert (len(b.peers[0].moves), b.drivers[0].sessions.find("s1")) == (0, ())
+    assert a.drivers[0].sessions.find("s1")
+    assert_has(a, hashes)
+
+
+def test_move_whose_router_is_silent_ends_with_its_lease(worker) -> None:
+    a, b = worker("a"), worker("b")
+    seat(a)
+    b.order(OrderKind.RESERVE, 1)
+    assert copy_until_done(b, a.address, 2)["ok"]
+    (peer,), (driver,) = b.peers, b.drivers
+    lease = peer.moves.limits.lease_seconds
+    assert lease <= 15
+    driver.tick(CLOCK.monotonic() + 0.5 * lease)
+    peer.expire()
+    assert not peer.lease_ended(driver.now_seconds)
+    assert len(peer.moves) == 1
+    later = CLOCK.monotonic() + 1.1 * lease
+    assert peer.lease_ended(later)
+    driver.tick(later)
+    peer.expire()
+    assert len(peer.moves) == len(peer._copies) == 0
+    assert b.order(OrderKind.SWITCH, 4)["reason"] == "no_reservation"
+
+
+def test_copy_of_a_move_whose_router_is_silent_is_cancelled(worker) -> None:
+    a, b = worker("a"), worker("b")
+    hashes = seat(a)
+    a.stores[0].remove(hashes)  # the copy waits for them
+    b.order(OrderKind.RESERVE, 1)
+    assert b.order(OrderKind.COPY, 2, source=a.address)["pending"]
+    (peer,), (driver,) = b.peers, b.drivers
+    driver.tick(CLOCK.monotonic() + 1.1 * peer.moves.limits.lease_seconds)
+    peer.expire()
+    b.settle()
+    assert b.ask("state", pull_id="m1-2")["state"] == "cancelled"
+    assert len(peer.moves) == 0
 
 
 def test_copy_from_a_source_that_is_gone_fails(worker) -> None:

@@ -12,6 +12,7 @@ from symphony_sglang.errors import (
     PeerRefusedError,
 )
 from symphony_sglang.testing.pages import MemoryPages
+from symphony_sglang.wire.local_copy import LocalReader
 from symphony_sglang.wire.page_client import ClientSettings
 from symphony_sglang.wire.pages import PageOutcome
 from symphony_sglang.wire.pull import Canceller, PageState, PullEnd
@@ -180,12 +181,10 @@ def test_page_evicted_while_it_is_sent_is_not_taken(settings, monkeypatch) -> No
 
 
 def test_local_way_falls_back_to_the_stream(monkeypatch) -> None:
-    from symphony_sglang.wire import page_client
-
     source, sink = filled(HASHES), MemoryPages(PAGE_BYTES)
     with serve(source) as server, connect(server.address, settings=LOCAL) as client:
         assert client.way == "local"
-        monkeypatch.setattr(page_client, "copy_from", lambda *_: False)
+        monkeypatch.setattr(LocalReader, "copy", lambda *_: False)
         report = pull(server.address, sink, HASHES, settings=LOCAL)
     assert report.end is PullEnd.COMPLETE
     assert report.way == "stream"

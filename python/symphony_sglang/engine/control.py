@@ -80,6 +80,8 @@ def end_pull(cache: SymphonyCache, message: PullEnded) -> None:
 def take_tick(cache: SymphonyCache, tick: AdvisoryTick) -> None:
     if cache.advisories is not None:
         cache.advisories.tick(tick.now_seconds, tick.speeds)
+        if cache.peer is not None:
+            cache.peer.expire()
 
 
 def take_sessions(cache: SymphonyCache, restore: SessionRestore) -> None:
@@ -110,6 +112,8 @@ def append_tick(aborts: list[Any], scheduler: Any) -> list[Any] | None:
         ended = cache.peer.take_ended(now_seconds)
         if ended:
             return [*aborts, *ended]
+    if cache.peer is not None and cache.peer.lease_ended(now_seconds):
+        return [*aborts, AdvisoryTick(now_seconds=now_seconds)]
     if not (driver.active or driver.requests_known):
         return None
     if now_seconds - driver.now_seconds < (TICK_SECONDS if driver.active else IDLE_TICK_SECONDS):

@@ -85,6 +85,8 @@ class NvmeBackend(HiCacheStorage):
         self._store: PageStore | None = None
         # Told (pages, seconds) of every read into the host pool, on SGLang's storage thread.
         self.on_read: Callable[[int, float], None] | None = None
+        # Told (keys, host_indices) of pages that the host pool holds whole, on the same threads.
+        self.on_pages: Callable[[Sequence[bytes], torch.Tensor], None] | None = None
         self._metrics_lock = threading.Lock()
         self._metrics = StorageMetrics()
         self.backups_skipped = 0  # while the disk took no writes
@@ -147,6 +149,8 @@ class NvmeBackend(HiCacheStorage):
         hits = self._read(names, self._pieces(host_indices, len(keys)), None, host_indices)
         if self.on_read is not None:
             self.on_read(sum(hits), self._clock.monotonic() - started)
+        if self.on_pages is not None and all(hits):
+            self.on_pages(names, host_indices)
         return hits
 
     def read_layers(
@@ -177,6 +181,8 @@ class NvmeBackend(HiCacheStorage):
     ) -> list[bool]:
         """Write host pages to disk; True for what is there now, False for what is not."""
         names = keys_from_hex(keys)
+        if self.on_pages is not None:
+            self.on_pages(names, host_indices)
         depth = self._touch_prefix(extra_info)
         return self._write(self._placed(names, self._pieces(host_indices, len(keys)), depth))
 
@@ -472,6 +478,8 @@ def skip_backup_while_unwritable(
     backend = controller.storage_backend
     if isinstance(backend, NvmeBackend) and not backend.writable:
         backend.backups_skipped += 1
+        if backend.on_pages is not None:
+            backend.on_pages(keys_from_hex(operation.hash_value), operation.host_indices)
         return None
     return page_backup(controller, operation)
 

@@ -31,6 +31,7 @@ from symphony_sglang.engine.messages import (
     PeerRequest,
     PullEnded,
 )
+from symphony_sglang.engine.peer_host import HostPages, HostPageSource
 from symphony_sglang.engine.peer_identity import identity_of
 from symphony_sglang.engine.peer_pull import (
     ENDED,
@@ -45,6 +46,8 @@ from symphony_sglang.engine.peer_pull import (
 from symphony_sglang.errors import SessionRecordError
 from symphony_sglang.store import PageStore
 from symphony_sglang.store.peer_pages import StagingPool, StorePageSource
+from symphony_sglang.wire.nixl_engine import NAME as NIXL
+from symphony_sglang.wire.nixl_engine import NixlEngine
 from symphony_sglang.wire.page_server import PageServer, ServerSettings
 from symphony_sglang.wire.secure_channel import TransferKey
 
@@ -76,11 +79,15 @@ class PeerLevel:
         rank: int,
         ranks: int,
         cost_of: Any = lambda _depth: 1.0,
+        host: HostPages | None = None,
+        engine: NixlEngine | None = None,
     ) -> None:
         """Listen at once.
 
         Args:
             settings: with the port of this rank (rank 0's plus the rank).
+            host: the pages of the host pool, where they can be read from there.
+            engine: moves pages instead of the socket, where peers have it too.
 
         Raises:
             ConfigError: the address cannot be listened on.
@@ -90,11 +97,20 @@ class PeerLevel:
         self._clock = clock
         self._rank, self._ranks = rank, ranks
         self._encrypted = key is not None
+        self._transfer = "socket" if engine is None else NIXL
         page_bytes = store.namespace.page_bytes
+        out, into = StagingPool(page_bytes), StagingPool(page_bytes)
+        if engine is not None:
+            for memory in (host.memory if host else None, *out.prepare(), *into.prepare()):
+                if memory is not None:
+                    engine.register(memory)
+        stored = StorePageSource(store, out)
+        self._host = None if host is None else HostPageSource(host, stored)
         self.server = PageServer(
-            StorePageSource(store, StagingPool(page_bytes)),
+            self._host or stored,
             identity_of(store.namespace),
             records=self._record,
+            engines={NIXL: engine} if engine else {},
             key=key,
             settings=settings,
             clock=clock,
@@ -102,9 +118,10 @@ class PeerLevel:
         own = settings.host if settings.host not in ("0.0.0.0", "::") else "127.0.0.1"
         self._puller = Puller(
             store,
-            StagingPool(page_bytes),
+            into,
             key,
             clock,
+            engine=(NIXL, engine) if engine else None,
             cost_of=cost_of,
             own_address=f"{own}:{self.server.port - rank}",
             rank=rank,
@@ -314,8 +331,7 @@ class PeerLevel:
         order, now = request.order, self._driver.now_seconds
         assert order is not None
         key = SessionKey(order.session_id, Namespace(request.extra_key, request.cache_salt))
-        for move_id in self.moves.expire(now):
-            self._copies.pop(move_id, None)
+        self.expire(order.move_id)
         match order.kind:
             case OrderKind.RESERVE:
                 return self.moves.reserve(order, now)
@@ -329,7 +345,7 @@ class PeerLevel:
             case OrderKind.SWITCH:
                 return self._switch(order, key, request.target)
             case OrderKind.ABORT:
-                self._abort(order)
+                self._drop(order.move_id)
                 return self.moves.abort(order)
             case OrderKind.RECLAIM:
                 return self._reclaim(order, key)
@@ -383,10 +399,20 @@ class PeerLevel:
             self._advise(PullOrder("", "", 0.0, session=key, target=target, advisory_id=name))
         return reply
 
-    def _abort(self, order: Order) -> None:
-        self._copies.pop(order.move_id, None)
+    def lease_ended(self, now_seconds: float) -> bool:
+        """Rank 0: whether the time must be told to every rank, for a router has fallen silent."""
+        return self.moves.lease_ended(now_seconds)
+
+    def expire(self, but: str = "") -> None:
+        """Every rank, in one step: end the moves whose router has been silent for a lease."""
+        for move_id in self.moves.expire(self._driver.now_seconds, but):
+            logger.warning("move %s ends: its router is silent", move_id)
+            self._drop(move_id)
+
+    def _drop(self, move_id: str) -> None:
+        self._copies.pop(move_id, None)
         for task in self._tasks.values():
-            if task.order.move_id == order.move_id and task.state not in ENDED:
+            if task.order.move_id == move_id and task.state not in ENDED:
                 task.canceller.cancel()
 
     def _reclaim(self, order: Order, key: SessionKey) -> Reply:
@@ -420,9 +446,13 @@ class PeerLevel:
             "address": None if wildcard else f"{bracketed}:{port}",
             "ranks": self._ranks,
             "encrypted": self._encrypted,
+            "transfer": self._transfer,
             "pulls": len(self._waiting),
             "moves": len(self.moves),
-            "counters": self.server.counters.as_json(),
+            "counters": {
+                **self.server.counters.as_json(),
+                "pages_from_host": 0 if self._host is None else self._host.pages_from_host,
+            },
         }
 
     def close(self) -> None:

@@ -18,6 +18,7 @@ from symphony_sglang.errors import PeerRefusedError, SessionRecordError, Transfe
 from symphony_sglang.store import PageStore
 from symphony_sglang.store.peer_pages import StagingPool, StorePageSink
 from symphony_sglang.wire.page_client import PageClient, split_address
+from symphony_sglang.wire.pages import RemoteEngine
 from symphony_sglang.wire.pull import Canceller, Pull, PullEnd
 from symphony_sglang.wire.secure_channel import TransferKey
 from symphony_sglang.wire.transfer_protocol import HASHES_MAX
@@ -129,8 +130,12 @@ class Puller:
         own_address: str,
         rank: int,
         ranks: int,
+        engine: tuple[str, RemoteEngine] | None = None,
     ) -> None:
-        """`own_address`: rank 0's page server of this worker, where ranks ask for each other."""
+        """`own_address`: rank 0's page server of this worker, where ranks ask for each other.
+
+        `engine`: the one-sided engine that was chosen, with its name; it knows `staging`'s memory.
+        """
         self._store = store
         self._staging = staging
         self._key = key
@@ -138,6 +143,7 @@ class Puller:
         self._cost_of = cost_of
         self._own_address = own_address
         self._rank, self._ranks = rank, ranks
+        self._engine = engine
         self.identity = identity_of(store.namespace)
 
     def run(self, task: PullTask) -> None:
@@ -161,6 +167,7 @@ class Puller:
             rank_address(task.order.source, self._rank),
             self.identity,
             key=self._key,
+            engine=self._engine,
             clock=self._clock,
             deadline=deadline,
         )
@@ -185,15 +192,17 @@ class Puller:
                 wait = min(COMMIT_WAIT_SECONDS, max(0.0, left / 2))
                 client.lookup(hashes[-HASHES_MAX:], wait)
             task.canceller.watch(None)
-        report = Pull(
-            lambda: self._connect(task, deadline),
-            StorePageSink(self._store, self._staging, hashes, self._cost_of),
-            hashes,
-            namespace.page_bytes,
-            clock=self._clock,
-            canceller=task.canceller,
-            deadline=deadline,
-        ).run()
+            # The pages take the connection that is there; a broken one is made anew.
+            made = [client]
+            report = Pull(
+                lambda: made.pop() if made else self._connect(task, deadline),
+                StorePageSink(self._store, self._staging, hashes, self._cost_of),
+                hashes,
+                namespace.page_bytes,
+                clock=self._clock,
+                canceller=task.canceller,
+                deadline=deadline,
+            ).run()
         task.tokens_here = report.pages_here * namespace.page_tokens
         task.bytes_copied, task.way = report.bytes_received, report.way
         task.outcome = report.end.value

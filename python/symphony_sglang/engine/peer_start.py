@@ -15,7 +15,9 @@ from symphony_sglang.config import SymphonyConfig
 from symphony_sglang.engine.feed_ports import bind_address
 from symphony_sglang.engine.nvme_backend import ATTENTION_EQUAL_TOKENS, active_backends
 from symphony_sglang.engine.peer import PeerLevel
+from symphony_sglang.engine.peer_host import watch_host_pool
 from symphony_sglang.engine.peer_ports import PEER_PORT_VARIABLE
+from symphony_sglang.wire.nixl_engine import NixlEngine
 from symphony_sglang.wire.page_server import ServerSettings
 from symphony_sglang.wire.secure_channel import KEY_CHARACTERS_MIN, TransferKey
 
@@ -50,6 +52,9 @@ def attach_peer(scheduler: Any, cache: SymphonyCache) -> None:
     replica = int(named) if named.isdigit() else 0
     port = int(chosen) + replica * ranks + rank if int(chosen) else 0
     tokens = namespace.page_tokens
+    host = watch_host_pool(backends[0].mem_pool_host)
+    if host is not None:
+        backends[0].on_pages = host.noted
     cache.peer = PeerLevel(
         cache.advisories,
         store,
@@ -61,6 +66,8 @@ def attach_peer(scheduler: Any, cache: SymphonyCache) -> None:
         rank=rank,
         ranks=ranks,
         cost_of=lambda depth: 1.0 + depth * tokens / ATTENTION_EQUAL_TOKENS,
+        host=host,
+        engine=NixlEngine(SystemClock()) if config.transfer == "nixl" else None,
     )
     cache.peer.on_pulled = lambda outcome, size, seconds: note_pull(cache, outcome, size, seconds)
     atexit.register(cache.peer.close)

@@ -37,6 +37,10 @@ class Staging:
         return self._address + at * self._stride, length
 
     @property
+    def memory(self) -> memoryview:
+        return self._view
+
+    @property
     def busy(self) -> bool:
         """Whether a read that gave up may still fill it."""
         if self.hold is not None and self.hold.wait(0):
@@ -55,6 +59,16 @@ class StagingPool:
         self._stuck: list[Staging] = []
         self._lent = 0
         self._returned = threading.Condition()
+
+    def prepare(self) -> list[memoryview]:
+        """Make every area now, for an engine that moves registered memory only; their memory.
+
+        An area for pages that do not fit into one is made when it is needed, and is not known.
+        """
+        with self._returned:
+            while len(self._idle) + self._lent < self._areas_max:
+                self._idle.append(Staging(self._area_pages, self.page_bytes))
+            return [area.memory for area in self._idle]
 
     def acquire(self, pages: int, seconds: float = 0.0) -> Staging | None:
         """Room for `pages`; None where none came free within `seconds`."""
@@ -124,6 +138,9 @@ class StorePageSource:
 
     def lookup(self, hashes: Sequence[bytes]) -> Sequence[bool]:
         return self._store.contains(hashes)
+
+    def at_hand(self, hashes: Sequence[bytes]) -> bool:
+        return False
 
     def open(self, hashes: Sequence[bytes]) -> StoredPages:
         lengths = self._store.lengths(hashes)

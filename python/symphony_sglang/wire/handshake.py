@@ -5,10 +5,11 @@
                                   <-     HELLO  nonce, public key      (REFUSED without a key)
     PROOF over both hellos        ->                                   (REFUSED: wrong key)
                                   <-     PROOF over both hellos
-    IDENTITY, probe               ->                                   (REFUSED: field, values)
-                                  <-     IDENTITY, local address
+    IDENTITY, probe, engine       ->                                   (REFUSED: field, values)
+                                  <-     IDENTITY, local address, engine's metadata
 
-Without a transfer key on both sides the proofs are left out. From the proofs on all is encrypted.
+Without a transfer key on both sides the proofs are left out, and the client's IDENTITY follows its
+HELLO at once. From the proofs on all is encrypted.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ class Greeting(NamedTuple):
     channel: Channel
     peer: PeerIdentity
     local: LocalAddress | None
+    metadata: bytes = b""  # of the server's engine; empty without one
 
 
 def _check_hello(hello: Hello) -> None:
@@ -64,18 +66,30 @@ def _check_hello(hello: Hello) -> None:
 
 
 def greet_server(
-    channel: Channel, peer: str, identity: PeerIdentity, key: TransferKey | None
+    channel: Channel,
+    peer: str,
+    identity: PeerIdentity,
+    key: TransferKey | None,
+    engine: str = "",
 ) -> Greeting:
     """The client's side.
+
+    Args:
+        engine: name of the one-sided engine that is to move the pages.
 
     Raises:
         PeerRefusedError: the keys or the identities differ; the message names both values.
         PeerProtocolError, PeerLostError: the peer is no page server, or went away.
     """
     private, public = new_exchange() if key else (None, b"")
+    probe = os.urandom(NONCE_BYTES)
+    introduction = Introduction(identity, probe=probe, engine=engine)
     mine = send_frame(
         channel, Kind.HELLO, 0, Hello(PROTOCOL, VERSION, os.urandom(NONCE_BYTES), public)
     )
+    if key is None:
+        # There is nothing to hide and nothing to wait for.
+        send_frame(channel, Kind.IDENTITY, 0, introduction)
     hello, raw = receive_frame(channel, Kind.HELLO, Hello)
     _check_hello(hello)
     if key is not None and private is not None:
@@ -88,13 +102,13 @@ def greet_server(
         if not proof_holds(keys.server_proof, transcript, proof.code):
             raise PeerRefusedError(f"{peer}: {WRONG_KEY}")
         channel = SecureChannel(channel, keys.client_to_server, keys.server_to_client, peer)
-    probe = os.urandom(NONCE_BYTES)
-    send_frame(channel, Kind.IDENTITY, 0, Introduction(identity, probe=probe))
+        send_frame(channel, Kind.IDENTITY, 0, introduction)
     answer, _ = receive_frame(channel, Kind.IDENTITY, Introduction)
     mismatch = find_mismatch(identity, answer.identity)
     if mismatch is not None:
         raise PeerRefusedError(f"{peer}: {mismatch}")
-    return Greeting(channel, answer.identity, _with_probe(answer.local, probe))
+    local = _with_probe(answer.local, probe)
+    return Greeting(channel, answer.identity, local, answer.metadata if engine else b"")
 
 
 def _with_probe(local: LocalAddress | None, probe: bytes) -> LocalAddress | None:
@@ -106,12 +120,14 @@ def greet_client(
     identity: PeerIdentity,
     key: TransferKey | None,
     place_probe: Callable[[bytes], LocalAddress | None],
+    describe_engine: Callable[[str], bytes] = lambda _name: b"",
 ) -> Greeting:
     """The server's side; a client that is refused is told why before this raises.
 
     Args:
         place_probe: puts the client's probe into this process's memory and says where; None where
             the client is not on this host.
+        describe_engine: what the client's engine needs; empty where there is none of that name.
     """
     hello, raw = receive_frame(channel, Kind.HELLO, Hello)
     try:
@@ -133,7 +149,8 @@ def greet_client(
         # In the client's words: it is the one that reads this.
         _refuse(channel, mismatch.field, PeerRefusedError(str(mismatch)))
     local = place_probe(theirs.probe) if len(theirs.probe) == NONCE_BYTES else None
-    send_frame(channel, Kind.IDENTITY, 0, Introduction(identity, local=local))
+    metadata = describe_engine(theirs.engine) if theirs.engine else b""
+    send_frame(channel, Kind.IDENTITY, 0, Introduction(identity, local=local, metadata=metadata))
     return Greeting(channel, theirs.identity, local)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from symphony_sglang.wire.channel import STEP_BYTES
 from symphony_sglang.wire.transfer_protocol import LocalAddress
 
 # The kernel's bound on the pieces of one call (IOV_MAX).
@@ -72,7 +73,7 @@ def copy_from(process: int, remote: Sequence[Piece], targets: Sequence[memoryvie
     local = [(address_of(view), len(view)) for view in targets]
     if sum(size for _, size in remote) != sum(size for _, size in local):
         return False
-    for theirs, mine in _calls(list(remote), local):
+    for theirs, mine in _calls(remote, local):
         total = sum(size for _, size in mine)
         try:
             count = _readv(process, _vectors(mine), len(mine), _vectors(theirs), len(theirs), 0)
@@ -83,8 +84,8 @@ def copy_from(process: int, remote: Sequence[Piece], targets: Sequence[memoryvie
     return True
 
 
-def _calls(remote: list[Piece], local: list[Piece]) -> list[tuple[list[Piece], list[Piece]]]:
-    """Both lists cut at each other's ends, then into what one call takes."""
+def pair_pieces(remote: Sequence[Piece], local: Sequence[Piece]) -> list[tuple[Piece, Piece]]:
+    """Two lists of as many bytes, cut at each other's ends: (theirs, mine) pieces of one size."""
     pairs: list[tuple[Piece, Piece]] = []
     here = 0
     there = 0
@@ -98,8 +99,34 @@ def _calls(remote: list[Piece], local: list[Piece]) -> list[tuple[list[Piece], l
             here, here_done = here + 1, 0
         if there_done == theirs[1]:
             there, there_done = there + 1, 0
+    return pairs
+
+
+def _calls(
+    remote: Sequence[Piece], local: Sequence[Piece]
+) -> list[tuple[list[Piece], list[Piece]]]:
+    """What one call each takes of both lists."""
+    pairs = pair_pieces(remote, local)
     return [
         ([pair[0] for pair in group], [pair[1] for pair in group])
         for at in range(0, len(pairs), PIECES_PER_CALL)
         for group in (pairs[at : at + PIECES_PER_CALL],)
     ]
+
+
+class LocalReader:
+    """Copies out of the memory of one process of this host."""
+
+    way = "local"
+    step_bytes = STEP_BYTES  # hashed while the cache still holds them
+
+    def __init__(self, process: int) -> None:
+        self._process = process
+
+    def copy(self, remote: Sequence[Piece], targets: Sequence[memoryview], until: float) -> bool:
+        return copy_from(self._process, remote, targets)
+
+    def abort(self) -> None:
+        """A copy within one host does not wait for anybody."""
+
+    def close(self) -> None: ...

@@ -6,7 +6,6 @@ Requests are answered in the order they were made, except that the two answers o
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -16,11 +15,17 @@ import xxhash
 
 from symphony_sglang.clock import Clock, SystemClock
 from symphony_sglang.errors import ConfigError, PeerLostError, PeerProtocolError
-from symphony_sglang.wire.channel import STEP_BYTES, Channel, SocketChannel
+from symphony_sglang.wire.channel import STEP_BYTES, Channel, SocketChannel, connect_socket
 from symphony_sglang.wire.frames import receive_content, receive_header, refusal, send_frame
 from symphony_sglang.wire.handshake import greet_server
-from symphony_sglang.wire.local_copy import copy_from
-from symphony_sglang.wire.pages import KV_POOL, PageOutcome, PeerIdentity
+from symphony_sglang.wire.local_copy import LocalReader
+from symphony_sglang.wire.pages import (
+    KV_POOL,
+    PageOutcome,
+    PeerIdentity,
+    RemoteEngine,
+    RemoteReader,
+)
 from symphony_sglang.wire.secure_channel import TransferKey
 from symphony_sglang.wire.transfer_protocol import (
     FETCH_BYTES_MAX,
@@ -58,6 +63,9 @@ class ClientSettings:
 Result = tuple[PageOutcome, int]
 
 
+_Placed = list[tuple[int, int]]  # (address, bytes) of a page's pieces
+
+
 @dataclass(slots=True)
 class _Fetch:
     buffers: Sequence[memoryview]
@@ -65,7 +73,8 @@ class _Fetch:
     placed: Placed | None = None
     checked: Checked | None = None
     results: list[Result] | None = None
-    copied: list[bool] = field(default_factory=list)
+    copied: bool | None = None  # out of the server's memory: None until it was tried
+    sums: list[int] = field(default_factory=list)
 
 
 Answer = TypeVar("Answer", bound=msgspec.Struct)
@@ -92,12 +101,15 @@ class PageClient:
         key: TransferKey | None = None,
         pool: str = KV_POOL,
         settings: ClientSettings | None = None,
+        engine: tuple[str, RemoteEngine] | None = None,
         clock: Clock | None = None,
         deadline: float | None = None,
     ) -> None:
         """Connect and shake hands.
 
         Args:
+            engine: a one-sided engine with its name; where the server has none of that name, pages
+                take the ways that are always there.
             deadline: time of `clock` past which no call waits.
 
         Raises:
@@ -111,6 +123,7 @@ class PageClient:
         self._pool = pool
         self._page_bytes = identity.page_bytes
         self._clock = clock or SystemClock()
+        self._deadline = deadline
         self._requests = 0
         self._fetches: dict[int, _Fetch] = {}
         self._answers: dict[int, msgspec.Struct] = {}
@@ -120,7 +133,8 @@ class PageClient:
         greeting_ends = start + self.settings.connect_seconds
         try:
             base.expire_at(greeting_ends if deadline is None else min(deadline, greeting_ends))
-            greeting = greet_server(base, address, identity, key)
+            name = "" if engine is None else engine[0]
+            greeting = greet_server(base, address, identity, key, name)
             base.expire_at(deadline)
             base.limit(self.settings.transfer_seconds)
         except BaseException:
@@ -128,7 +142,11 @@ class PageClient:
             raise
         self._channel = greeting.channel
         self.peer = greeting.peer
-        self._local = greeting.local if self.settings.local else None
+        self._reader: RemoteReader | None = None
+        if engine is not None and greeting.metadata:
+            self._reader = engine[1].connect(greeting.metadata)
+        if self._reader is None and greeting.local is not None and self.settings.local:
+            self._reader = LocalReader(greeting.local.process)
 
     def _connect(self, deadline: float | None) -> SocketChannel:
         seconds = self.settings.connect_seconds
@@ -137,7 +155,7 @@ class PageClient:
         if seconds <= 0:
             raise PeerLostError(f"{self.address}: the deadline passed")
         try:
-            sock = socket.create_connection(split_address(self.address), timeout=seconds)
+            sock = connect_socket(*split_address(self.address), seconds)
         except (OSError, UnicodeError) as error:
             raise PeerLostError(
                 f"{self.address}: no connection: {getattr(error, 'strerror', None) or error}"
@@ -146,8 +164,8 @@ class PageClient:
 
     @property
     def way(self) -> str:
-        """``local`` where pages are copied from the server's memory, else ``stream``."""
-        return "stream" if self._local is None else "local"
+        """``stream``, or the way in which pages are copied from the server's memory."""
+        return "stream" if self._reader is None else self._reader.way
 
     # Questions ----------------------------------------------------------------------------------
 
@@ -193,7 +211,7 @@ class PageClient:
         assert 0 < len(hashes) == len(buffers) <= PAGES_PER_FETCH_MAX, (len(hashes), len(buffers))
         assert len(self._fetches) < FETCHES_MAX, f"{len(self._fetches)} fetches are under way"
         request = self._next_request()
-        local = self._local is not None
+        local = self._reader is not None
         self._fetches[request] = _Fetch(buffers, local)
         send_frame(self._channel, Kind.FETCH, request, Fetch(b"".join(hashes), self._pool, local))
         return request
@@ -202,7 +220,7 @@ class PageClient:
         """See ``PageTransport.finish``."""
         fetch = self._fetches[request]
         while fetch.results is None:
-            if fetch.placed is not None and fetch.checked is None and not fetch.copied:
+            if fetch.placed is not None and fetch.copied is None:
                 self._copy(request, fetch, fetch.placed)
             elif fetch.placed is not None and fetch.checked is not None:
                 fetch.results = self._check(fetch, fetch.placed, fetch.checked)
@@ -249,51 +267,52 @@ class PageClient:
         theirs = unpack_sums(memoryview(trailer)[: SUM_BYTES * count], count)
         return judge(lengths, sums, theirs, bytes(trailer[SUM_BYTES * count :]))
 
-    # The local way ------------------------------------------------------------------------------
+    # Out of the server's memory -----------------------------------------------------------------
 
     def _copy(self, request: int, fetch: _Fetch, placed: Placed) -> None:
         if len(placed.pages) != len(fetch.buffers):
             raise PeerProtocolError(f"{self.address}: {len(placed.pages)} pages placed")
-        assert self._local is not None or fetch.local
-        remote: list[tuple[int, int]] = []
-        targets: list[memoryview] = []
-        for page, buffer in zip(placed.pages, fetch.buffers, strict=True):
+        for page in placed.pages:
             size = 0 if page is None else sum(part for _, part in page)
             if page is None:
                 continue
             if not 0 < size <= self._page_bytes or min(part for _, part in page) <= 0:
                 raise PeerProtocolError(f"{self.address}: a page of {size} bytes placed")
-            remote.extend(page)
-            targets.append(buffer[:size])
-        process = 0 if self._local is None else self._local.process
-        copied = process > 0 and copy_from(process, remote, targets)
-        if not copied:
-            self._local = None  # whatever forbids it will not go away: pages take the socket
-        fetch.copied = [copied] * len(placed.pages)
+        reader = self._reader
+        until = self._clock.monotonic() + self.settings.transfer_seconds
+        if self._deadline is not None:
+            until = min(until, self._deadline)
+        fetch.copied = reader is not None and copy_hashed(reader, placed.pages, fetch, until)
+        if reader is not None and not fetch.copied:
+            # Whatever forbids it will not go away: pages take the socket.
+            self._reader = None
+            reader.close()
         send_frame(self._channel, Kind.COPIED, request, Copied())
 
     def _check(self, fetch: _Fetch, placed: Placed, checked: Checked) -> list[Result]:
         lengths = [None if page is None else sum(size for _, size in page) for page in placed.pages]
         theirs = unpack_sums(checked.sums, len(lengths))
-        if not all(fetch.copied):
+        if not fetch.copied:
             return [
                 (PageOutcome.MISSING if length is None else PageOutcome.CHANGED, 0)
                 for length in lengths
             ]
-        sums = [
-            0 if length is None else xxhash.xxh3_64_intdigest(buffer[:length])
-            for buffer, length in zip(fetch.buffers, lengths, strict=True)
-        ]
-        return judge(lengths, sums, theirs, checked.unchanged)
+        return judge(lengths, fetch.sums, theirs, checked.unchanged)
 
     # --------------------------------------------------------------------------------------------
 
     def abort(self) -> None:
         """See ``PageTransport.abort``."""
+        reader = self._reader
+        if reader is not None:
+            reader.abort()
         self._channel.abort()
 
     def close(self) -> None:
         """End the connection; the server notices at its next read or write. Idempotent."""
+        reader, self._reader = self._reader, None
+        if reader is not None:
+            reader.close()
         self._channel.close()
 
     def __enter__(self) -> PageClient:
@@ -361,3 +380,33 @@ def receive_hashed(channel: Channel, pages: Sequence[memoryview | None]) -> list
     if group:
         take()
     return sums
+
+
+def copy_hashed(
+    reader: RemoteReader, pages: Sequence[_Placed | None], fetch: _Fetch, until: float
+) -> bool:
+    """Copy pages out of a peer's memory, hashing each step's bytes after it."""
+    fetch.sums = [0] * len(pages)
+    group: list[tuple[int, memoryview]] = []
+    remote: list[tuple[int, int]] = []
+    size = 0
+
+    def take() -> bool:
+        if not reader.copy(remote, [page for _, page in group], until):
+            return False
+        for at, page in group:
+            fetch.sums[at] = xxhash.xxh3_64_intdigest(page)
+        return True
+
+    for at, (page, buffer) in enumerate(zip(pages, fetch.buffers, strict=True)):
+        if page is None:
+            continue
+        length = sum(part for _, part in page)
+        if size + length > reader.step_bytes and group:
+            if not take():
+                return False
+            group, remote, size = [], [], 0
+        group.append((at, buffer[:length]))
+        remote.extend(page)
+        size += length
+    return not group or take()

@@ -21,12 +21,12 @@ from symphony_sglang.errors import (
     PeerProtocolError,
     PeerRefusedError,
 )
-from symphony_sglang.wire.channel import SocketChannel
+from symphony_sglang.wire.channel import SocketChannel, on_one_host
 from symphony_sglang.wire.frames import send_frame
 from symphony_sglang.wire.handshake import greet_client
 from symphony_sglang.wire.local_copy import my_address
 from symphony_sglang.wire.page_session import PageSession, RecordSource
-from symphony_sglang.wire.pages import KV_POOL, PageSource, PeerIdentity
+from symphony_sglang.wire.pages import KV_POOL, PageSource, PeerIdentity, RemoteEngine
 from symphony_sglang.wire.secure_channel import TransferKey
 from symphony_sglang.wire.transfer_protocol import Kind, LocalAddress, Refused
 
@@ -82,6 +82,7 @@ class PageServer:
         identity: PeerIdentity,
         *,
         records: RecordSource | None = None,
+        engines: Mapping[str, RemoteEngine] | None = None,
         key: TransferKey | None = None,
         settings: ServerSettings | None = None,
         clock: Clock | None = None,
@@ -91,6 +92,7 @@ class PageServer:
         Args:
             sources: the pages of the KV pool, or of several pools by name.
             records: answers requests for small records; None where there are none.
+            engines: one-sided engines that may read this process's pages, by name.
 
         Raises:
             ConfigError: the address cannot be listened on.
@@ -100,6 +102,7 @@ class PageServer:
         self.counters = ServerCounters()
         self._sources = dict(sources) if isinstance(sources, Mapping) else {KV_POOL: sources}
         self._records = records
+        self._engines = dict(engines or {})
         self._key = key
         self._clock = clock or SystemClock()
         self._lock = threading.Lock()
@@ -166,7 +169,7 @@ class PageServer:
                 number = self._numbers
                 thread = threading.Thread(
                     target=self._serve,
-                    args=(number, channel, _is_local(sock), peer),
+                    args=(number, channel, on_one_host(sock), peer),
                     name=f"symphony-page-{number}",
                     daemon=True,
                 )
@@ -210,7 +213,9 @@ class PageServer:
 
         # A peer that drips its handshake byte by byte is cut off all the same.
         channel.expire_at(self._clock.monotonic() + self.settings.handshake_seconds)
-        greeting = greet_client(channel, self.identity, self._key, place_probe)
+        greeting = greet_client(
+            channel, self.identity, self._key, place_probe, self._describe_engine
+        )
         channel.expire_at(None)
         session = PageSession(
             greeting.channel,
@@ -227,6 +232,10 @@ class PageServer:
             session.run()
         finally:
             session.close()
+
+    def _describe_engine(self, name: str) -> bytes:
+        engine = self._engines.get(name)
+        return b"" if engine is None else engine.metadata()
 
     def close(self, seconds: float = 5.0) -> None:
         """Stop listening, end every connection. Idempotent."""
@@ -249,11 +258,3 @@ class PageServer:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _is_local(sock: socket.socket) -> bool:
-    """Whether the peer's address is one of this host: only then can it read our memory."""
-    try:
-        return bool(sock.getpeername()[0] == sock.getsockname()[0])
-    except OSError:
-        return False

@@ -14,7 +14,7 @@ import xxhash
 
 from symphony_sglang.clock import Clock
 from symphony_sglang.errors import PeerLostError, PeerProtocolError
-from symphony_sglang.wire.channel import Channel
+from symphony_sglang.wire.channel import STEP_BYTES, Channel
 from symphony_sglang.wire.frames import receive_content, receive_header, send_frame
 from symphony_sglang.wire.local_copy import address_of
 from symphony_sglang.wire.pages import OpenPages, PageSource
@@ -56,8 +56,8 @@ class RecordSource(Protocol):
 Count = Callable[[str, int], None]
 
 
-class _Opened(NamedTuple):
-    """Pages with the checksum of each, 0 for one that is missing."""
+class _Lent(NamedTuple):
+    """Pages whose addresses a local reader has; the checksum of each, 0 for one that is missing."""
 
     pages: OpenPages
     sums: list[int]
@@ -67,7 +67,8 @@ class _Opened(NamedTuple):
 class _Job:
     request: int
     body: msgspec.Struct
-    opened: Future[_Opened] | None = None
+    hashes: Sequence[bytes] = ()
+    opened: Future[OpenPages] | None = None  # ahead of its turn
 
 
 _BODIES: dict[Kind, type[msgspec.Struct]] = {
@@ -104,7 +105,7 @@ class PageSession:
         self._idle_seconds = idle_seconds
         self._transfer_seconds = transfer_seconds
         self._pending: deque[_Job] = deque()
-        self._lent: dict[int, _Opened] = {}  # pages whose addresses a local reader has
+        self._lent: dict[int, _Lent] = {}
         self._opener: ThreadPoolExecutor | None = None
 
     def run(self) -> None:
@@ -112,15 +113,15 @@ class PageSession:
             if not self._pending and not self._wait_for_request():
                 return
             job = self._pending.popleft()
-            opened = None if job.opened is None else job.opened.result()
+            opened = self._opened(job)
             try:
-                # The next request's pages are read and hashed while this one's are sent.
                 if not self._pending and self._channel.readable():
                     self._take(receive_header(self._channel))
+                    self._open_ahead(self._pending[0])
                 self._answer(job, opened)
             finally:
                 if opened is not None and job.request not in self._lent:
-                    opened.pages.release()
+                    opened.release()
 
     def _wait_for_request(self) -> bool:
         """False where the peer left between two requests, as it may."""
@@ -140,7 +141,7 @@ class PageSession:
         body = unpack_body(receive_content(self._channel, header), body_type)
         job = _Job(header.request, body)
         if isinstance(body, Fetch):
-            job.opened = self._open_ahead(header.request, body)
+            job.hashes = self._checked_hashes(header.request, body)
         self._pending.append(job)
 
     def _source(self, pool: str) -> PageSource:
@@ -151,7 +152,22 @@ class PageSession:
             )
         return source
 
-    def _open_ahead(self, request: int, fetch: Fetch) -> Future[_Opened]:
+    def _opened(self, job: _Job) -> OpenPages | None:
+        """The pages that a request is about; opened now unless that was done ahead."""
+        if job.opened is not None:
+            return job.opened.result()
+        if not isinstance(job.body, Fetch):
+            return None
+        return self._source(job.body.pool).open(job.hashes)
+
+    def _open_ahead(self, job: _Job) -> None:
+        """Read the next request's pages from the disk while another's are sent."""
+        if isinstance(job.body, Fetch) and not self._source(job.body.pool).at_hand(job.hashes):
+            if self._opener is None:
+                self._opener = ThreadPoolExecutor(1, "symphony-page-open")
+            job.opened = self._opener.submit(self._source(job.body.pool).open, job.hashes)
+
+    def _checked_hashes(self, request: int, fetch: Fetch) -> list[bytes]:
         hashes = split_hashes(fetch.hashes, PAGES_PER_FETCH_MAX)
         if len(hashes) > 1 and len(hashes) * self._page_bytes > FETCH_BYTES_MAX:
             raise PeerProtocolError(
@@ -162,17 +178,14 @@ class PageSession:
             raise PeerProtocolError(
                 f"request {request}: {len(self._lent)} under way; expected at most {FETCHES_MAX}"
             )
-        if self._opener is None:
-            self._opener = ThreadPoolExecutor(1, "symphony-page-open")
-        return self._opener.submit(open_hashed, self._source(fetch.pool), hashes)
+        self._source(fetch.pool)
+        return hashes
 
-    def _answer(self, job: _Job, opened: _Opened | None) -> None:
+    def _answer(self, job: _Job, opened: OpenPages | None) -> None:
         match job.body:
             case Fetch(local=local):
                 assert opened is not None
-                lengths = [
-                    None if page is None else sum(map(len, page)) for page in opened.pages.views
-                ]
+                lengths = [None if page is None else sum(map(len, page)) for page in opened.views]
                 self._count("pages", sum(length is not None for length in lengths))
                 self._count("pages_missing", lengths.count(None))
                 self._count("bytes", sum(length or 0 for length in lengths))
@@ -189,26 +202,26 @@ class PageSession:
 
     # Pages --------------------------------------------------------------------------------------
 
-    def _send_pages(self, request: int, opened: _Opened, lengths: Sequence[int | None]) -> None:
+    def _send_pages(self, request: int, pages: OpenPages, lengths: Sequence[int | None]) -> None:
         head = HEADER.pack(Kind.PAGES, 0, 0, request, pages_body_bytes(lengths))
-        pieces = [memoryview(head + pack_lengths(lengths))]
-        for page in opened.pages.views:
-            pieces.extend(page or ())
-        self._channel.send(pieces)
-        self._channel.send([memoryview(pack_sums(opened.sums) + self._unchanged(opened.pages))])
+        sums = send_hashed(self._channel, head + pack_lengths(lengths), pages.views)
+        self._channel.send([memoryview(pack_sums(sums) + self._unchanged(pages))])
 
     def _unchanged(self, pages: OpenPages) -> bytes:
         flags = bytes(bool(same) for same in pages.unchanged())
         self._count("pages_changed", flags.count(0))
         return flags
 
-    def _lend(self, request: int, opened: _Opened) -> None:
-        pages = [
+    def _lend(self, request: int, pages: OpenPages) -> None:
+        places = [
             None if page is None else [(address_of(piece), len(piece)) for piece in page]
-            for page in opened.pages.views
+            for page in pages.views
         ]
-        self._lent[request] = opened
-        send_frame(self._channel, Kind.PLACED, request, Placed(pages))
+        sums = [0] * len(places)
+        self._lent[request] = _Lent(pages, sums)
+        send_frame(self._channel, Kind.PLACED, request, Placed(places))
+        # The reader copies meanwhile.
+        sums[:] = [0 if page is None else sum_of(page) for page in pages.views]
 
     def _check_copied(self, request: int) -> None:
         lent = self._lent.pop(request, None)
@@ -260,7 +273,7 @@ class PageSession:
             self._opener.shutdown(wait=True)
         for job in self._pending:
             if job.opened is not None and job.opened.exception() is None:
-                job.opened.result().pages.release()
+                job.opened.result().release()
         self._pending.clear()
 
 
@@ -274,11 +287,40 @@ def sum_of(pieces: Sequence[memoryview]) -> int:
     return digest.intdigest()
 
 
-def open_hashed(source: PageSource, hashes: Sequence[bytes]) -> _Opened:
-    """Open pages and hash them, while an earlier request's are being sent."""
-    pages = source.open(hashes)
-    try:
-        return _Opened(pages, [0 if page is None else sum_of(page) for page in pages.views])
-    except BaseException:
-        pages.release()
-        raise
+def send_hashed(
+    channel: Channel, head: bytes, pages: Sequence[Sequence[memoryview] | None]
+) -> list[int]:
+    """Send `head` and the pages; the checksum of each.
+
+    A step's bytes are hashed just before they go, so the kernel finds them in the cache.
+    """
+    sums = [0] * len(pages)
+    step = [memoryview(head)]
+    size = 0
+    for at, page in enumerate(pages):
+        if page is None:
+            continue
+        length = sum(map(len, page))
+        if length > STEP_BYTES:
+            channel.send(step)
+            step, size = [], 0
+            sums[at] = _send_large(channel, page)
+            continue
+        sums[at] = sum_of(page)
+        step.extend(page)
+        size += length
+        if size >= STEP_BYTES:
+            channel.send(step)
+            step, size = [], 0
+    channel.send(step)
+    return sums
+
+
+def _send_large(channel: Channel, page: Sequence[memoryview]) -> int:
+    digest = xxhash.xxh3_64()
+    for piece in page:
+        for start in range(0, len(piece), STEP_BYTES):
+            part = piece[start : start + STEP_BYTES]
+            digest.update(part)
+            channel.send([part])
+    return digest.intdigest()

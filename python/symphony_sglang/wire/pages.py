@@ -97,6 +97,10 @@ class PageSource(Protocol):
         """Which of these pages could be opened now."""
         ...
 
+    def at_hand(self, hashes: Sequence[bytes]) -> bool:
+        """Whether opening these pages waits for nothing; a guess will do."""
+        ...
+
     def open(self, hashes: Sequence[bytes]) -> OpenPages:
         """Make pages readable; those that are not there are None in ``views``."""
         ...
@@ -131,6 +135,53 @@ class PageSink(Protocol):
 
     def reserve(self, hashes: Sequence[bytes]) -> Reservation | None:
         """Room for these pages; None where there is none now."""
+        ...
+
+
+class RemoteReader(Protocol):
+    """Copies pages out of a peer's memory, where it says they are: one-sided engines."""
+
+    @property
+    def way(self) -> str:
+        """Its name, as receipts tell it."""
+        ...
+
+    @property
+    def step_bytes(self) -> int:
+        """Bytes of one copy that suit it."""
+        ...
+
+    def copy(
+        self,
+        remote: Sequence[tuple[int, int]],
+        targets: Sequence[memoryview],
+        until: float,
+    ) -> bool:
+        """Fill `targets` from the peer's (address, bytes) pieces; False where that fails.
+
+        Nothing writes to the targets after it returned or raised.
+
+        Raises:
+            PeerLostError: it was aborted, or took until `until` of the clock.
+        """
+        ...
+
+    def abort(self) -> None:
+        """End a copy under way, from any thread."""
+        ...
+
+    def close(self) -> None:
+        """Idempotent."""
+        ...
+
+
+class RemoteEngine(Protocol):
+    """What makes readers, by what the other side's engine tells of its memory."""
+
+    def metadata(self) -> bytes: ...
+
+    def connect(self, metadata: bytes) -> RemoteReader | None:
+        """None where the two engines find no way to each other."""
         ...
 
 

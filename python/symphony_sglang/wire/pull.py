@@ -26,7 +26,7 @@ from symphony_sglang.wire.pages import PageOutcome, PageSink, PageTransport, Res
 class PullSettings:
     """Bytes, seconds and counts."""
 
-    request_bytes: int = 4 << 20  # of one request; a larger page travels alone
+    request_bytes: int = 8 << 20  # of one request; a larger page travels alone
     requests_under_way: int = 3
     connections_max: int = 3  # tries in all, for a connection that breaks
     retry_seconds: float = 0.1  # before the second try; doubled each time
@@ -149,6 +149,7 @@ class Pull:
         self._canceller = canceller or Canceller()
         self._deadline = deadline
         self._tries = [0] * len(self._hashes)
+        self._front = 0  # no page before it is wanted any more
         self._windows: deque[_Window] = deque()
         self._commits: deque[_Commit] = deque()
         self._committer = ThreadPoolExecutor(1, "symphony-pull-commit")
@@ -231,7 +232,11 @@ class Pull:
         positions: list[int] = []
         under_way = {at for window in self._windows for at in window.positions}
         under_way.update(at for commit in self._commits for at in commit.positions)
-        for at, state in enumerate(self.report.states):
+        states = self.report.states
+        while self._front < len(states) and states[self._front] in HERE:
+            self._front += 1
+        for at in range(self._front, len(states)):
+            state = states[at]
             if state is PageState.WANTED and at not in under_way:
                 positions.append(at)
                 if len(positions) == self._window_pages:
@@ -309,7 +314,13 @@ class Pull:
                 continue
             lengths.append(None)
             self._note_failure(at, outcome)
-        stored = self._committer.submit(window.reservation.commit, lengths)
+        stored: Future[Sequence[bool]]
+        if self._windows or window.positions[-1] + 1 < len(self._hashes):
+            stored = self._committer.submit(window.reservation.commit, lengths)
+        else:
+            # Nothing is left to receive meanwhile.
+            stored = Future()
+            stored.set_result(window.reservation.commit(lengths))
         self._commits.append(_Commit(window.positions, lengths, stored))
 
     def _note_failure(self, at: int, outcome: PageOutcome) -> None:

@@ -20,13 +20,13 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from symphony_sglang.errors import ConfigError, PeerProtocolError
-from symphony_sglang.wire.channel import STEP_BYTES, Channel
+from symphony_sglang.wire.channel import Channel
 
 KEY_CHARACTERS_MIN = 16
 KEY_BYTES = 32
 TAG_BYTES = 16
 RECORD_HEADER = struct.Struct("<I")
-RECORD_PLAIN_MAX = STEP_BYTES
+RECORD_PLAIN_MAX = 512 * 1024
 # Sealed bytes on their way out and in: several records for one system call.
 BUFFER_BYTES = 2 * (RECORD_HEADER.size + RECORD_PLAIN_MAX + TAG_BYTES)
 # Smaller pieces are gathered into one record: a record costs a call and 20 bytes.

@@ -49,7 +49,7 @@ class Kind(IntEnum):
     FOUND = 11
     FETCH = 12
     PAGES = 13
-    PLACED = 14  # the pages' addresses, for a reader on the same host
+    PLACED = 14  # the pages' addresses, for a reader of the server's memory
     COPIED = 15
     CHECKED = 16
     GET_RECORD = 17
@@ -60,7 +60,7 @@ _SMALL = 64 * 1024
 BODY_BYTES_MAX: dict[Kind, int] = {
     Kind.HELLO: 1024,
     Kind.PROOF: 1024,
-    Kind.IDENTITY: _SMALL,
+    Kind.IDENTITY: 1 << 20,
     Kind.REFUSED: _SMALL,
     Kind.LOOKUP: HASHES_MAX * HASH_BYTES + 1024,
     Kind.FOUND: HASHES_MAX + 1024,
@@ -98,11 +98,17 @@ class LocalAddress(msgspec.Struct, frozen=True):
 
 
 class Introduction(msgspec.Struct, frozen=True):
-    """Who the sender is. `probe` is the client's, `local` the server's."""
+    """Who the sender is. `probe` is the client's, `local` the server's.
+
+    `engine` names the client's one-sided engine; a server that has the same answers with what that
+    engine needs to read its memory.
+    """
 
     identity: PeerIdentity
     probe: bytes = b""
     local: LocalAddress | None = None
+    engine: str = ""
+    metadata: bytes = b""
 
 
 class Refused(msgspec.Struct, frozen=True):
@@ -127,7 +133,7 @@ class Found(msgspec.Struct, frozen=True):
 
 
 class Fetch(msgspec.Struct, frozen=True):
-    """Send these pages; with `local`, say where they are instead."""
+    """Send these pages; with `local`, say where they are instead: the reader copies them."""
 
     hashes: bytes
     pool: str = KV_POOL
