@@ -2,174 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
-import random
 import signal
+import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+import urllib.request
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import Page, find_browser
+from cluster import GREEDY, TOKENS, Cluster, kill, random_ids, running_cluster, served_by, until
+from test_ui import STATE, WIDER, shots, text_of
 
-from conftest import VOCAB, Answer, Server, cached, start_server
-from symphony_sglang.core.migration_log import OwnershipEntry, OwnershipEvent, OwnershipLog
-from symphony_sglang.workload.worker_process import WorkerProcess, free_port
+from conftest import VOCAB, cached, read_to_its_end, start_server
 
 pytestmark = pytest.mark.server
-
-TOKENS = 800
-GREEDY = {"temperature": 0, "ignore_eos": True}
-ENDED = ("done", "aborted")
-
-
-@dataclass
-class Cluster:
-    """Two workers and a router; the last worker answers what is compared."""
-
-    model: Path
-    folder: Path
-    workers: dict[str, Server] = field(default_factory=dict)  # by name
-    router: Server | None = None
-    ids: dict[str, str] = field(default_factory=dict)  # worker id by name
-
-    @property
-    def front(self) -> Server:
-        assert self.router is not None
-        return self.router
-
-    def start_worker(self, name: str, *flags: str, port: int | None = None) -> Server:
-        pages = ("--symphony-nvme-dir", str(self.folder / name), "--symphony-nvme-gb", "0.5")
-        port_flags = () if port is None else ("--port", str(port))
-        log = self.folder / f"{name}-{len(list(self.folder.glob('*.log')))}.log"
-        self.workers[name] = start_server(self.model, log, *pages, *flags, *port_flags)
-        return self.workers[name]
-
-    def start_router(self, *flags: str) -> Server:
-        port = free_port()
-        command = [
-            sys.executable, "-m", "symphony_sglang.launch_router",
-            "--host", "127.0.0.1", "--port", str(port), "--prometheus-port", "0",
-            "--worker-urls", *(worker.url for worker in self.workers.values()),
-            "--health-check-interval-secs", "2", *flags,
-        ]  # fmt: skip
-        log = self.folder / f"router-{port}.log"
-        process = WorkerProcess((), command=command, port=port, log_path=log)
-        process.start()
-        self.router = Server(process, self.model)
-        process.wait_ready()
-        self.wait_workers(len(self.workers))
-        return self.router
-
-    def wait_workers(self, count: int) -> None:
-        until(lambda: self.front.call("GET", "/readiness").body.get("healthy_workers") == count, 30)
-        listed = self.front.call("GET", "/workers").body["workers"]
-        urls = {entry["url"]: entry["id"] for entry in listed}
-        self.ids = {name: urls[w.url] for name, w in self.workers.items() if w.url in urls}
-
-    def name_of(self, worker_id: str) -> str:
-        return next((name for name, known in self.ids.items() if known == worker_id), worker_id)
-
-    def turn(self, session_id: str | None, prompt: list[int], length: int = 8) -> Answer:
-        body: dict[str, Any] = {
-            "input_ids": prompt,
-            "sampling_params": {**GREEDY, "max_new_tokens": length},
-        }
-        if session_id is not None:
-            body["session_id"] = session_id
-        answer = self.front.call("POST", "/generate", body)
-        assert answer.status == 200, answer
-        return answer
-
-    def opened(self, session_id: str, seed: int, length: int = TOKENS) -> list[int]:
-        """A session after its first turn, known to the router: its prompt so far."""
-        prompt = random_ids(length, seed)
-        answer = self.turn(session_id, prompt)
-        until(lambda: self.view(session_id).status == 200)
-        return prompt + answer.body["output_ids"]
-
-    def view(self, session_id: str) -> Answer:
-        return self.front.call("GET", f"/symphony/sessions/{session_id}")
-
-    def owner(self, session_id: str) -> str:
-        return self.name_of(self.view(session_id).body["worker"])
-
-    def other(self, name: str) -> str:
-        return next(known for known in self.workers if known != name)
-
-    def migrate(self, session_id: str, to: str) -> Answer:
-        body = {"session_id": session_id, "to": self.ids[to]}
-        return self.front.call("POST", "/symphony/migrate", body)
-
-    def moved(self, session_id: str, to: str) -> dict[str, Any]:
-        """The record of a move after its end."""
-        answer = self.migrate(session_id, to)
-        assert answer.status == 202, answer
-        return self.ended(answer.body["move_id"])
-
-    def ended(self, move_id: str, seconds: float = 60) -> dict[str, Any]:
-        def record() -> dict[str, Any]:
-            return dict(self.front.call("GET", f"/symphony/moves/{move_id}").body)
-
-        until(lambda: record()["state"] in ENDED, seconds)
-        return record()
-
-    def computed(self, prompt: list[int], length: int = 8) -> list[int]:
-        """The answer from nothing, of the worker that still lives."""
-        server = next(iter(self.workers.values()))
-        answer = server.greedy_one(prompt, length, cache_salt=f"apart {len(prompt)}")
-        return list(answer["output_ids"])
-
-    def check_owners(self) -> None:
-        """Replay the router's journal: it raises where two workers own a session."""
-        log = OwnershipLog()
-        entries = self.front.call("GET", "/symphony/moves").body["ownership"]
-        for entry in entries:
-            log.add(OwnershipEntry(**{**entry, "event": OwnershipEvent(entry["event"])}))
-        assert log.entries == len(entries)
-
-    def reserved(self) -> int:
-        return sum(server.residency()["peer"]["moves"] for server in self.workers.values())
-
-    def check_idle(self, reserved: int = 0) -> None:
-        """No pull is left anywhere, and no more reservations than there were."""
-        assert self.reserved() <= reserved
-        assert all(w.residency()["peer"]["pulls"] == 0 for w in self.workers.values())
-
-
-def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
-    deadline = time.monotonic() + seconds  # noqa: TID251 - a test of real time
-    while not condition():
-        assert time.monotonic() < deadline, "it did not become true"  # noqa: TID251
-        time.sleep(0.02)
-
-
-def random_ids(count: int, seed: int) -> list[int]:
-    generator = random.Random(seed)
-    return [generator.randrange(300, VOCAB) for _ in range(count)]
-
-
-def served_by(answer: Answer) -> str:
-    return {name.lower(): value for name, value in answer.headers.items()}["x-symphony-worker"]
 
 
 @pytest.fixture(scope="module")
 def cluster(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    made = Cluster(model, tmp_path_factory.mktemp("migration"))
-    try:
-        with ThreadPoolExecutor() as pool:
-            list(pool.map(made.start_worker, ("a", "b")))
-        made.start_router("--model-path", str(model))
-        yield made
-    finally:
-        if made.router is not None:
-            made.router.worker.stop()
-        for server in made.workers.values():
-            server.worker.stop()
+    yield from running_cluster(model, tmp_path_factory.mktemp("migration"))
 
 
 def test_session_is_served_from_its_new_workers_device_with_the_same_answer(cluster) -> None:
@@ -180,6 +37,9 @@ def test_session_is_served_from_its_new_workers_device_with_the_same_answer(clus
     assert record["state"] == "done", record
     assert cluster.name_of(record["from"]) == source
     assert record["bytes"] > 0
+    # From the source's memory, where the turn that has just ended left them.
+    served = cluster.workers[source].residency()["peer"]["counters"]
+    assert served["pages_from_host"] == served["pages"] > 0
     until(lambda: cluster.owner("m1") == target)
     until(lambda: cluster.view("m1").body["tokens"]["device"] >= TOKENS)
     assert [move["move_id"] for move in cluster.view("m1").body["moves"]] == [record["move_id"]]
@@ -280,6 +140,136 @@ def test_request_finds_its_pages_pulled_where_it_was_sent(cluster) -> None:
     cluster.check_owners()
 
 
+def demote(cluster: Cluster, session_id: str) -> None:
+    """Off the device, to where it was written through."""
+    action = {"action_id": "d", "action_type": "demote", "payload": {"session_id": session_id}}
+    body = {"protocol_version": "0.1", "message_id": "m", "actions": [action]}
+
+    def done() -> bool:
+        answer = cluster.front.call("POST", "/symphony/advise", body)
+        return answer.body["receipts"][0]["reason"] != "in_use"
+
+    until(done)
+    until(lambda: cluster.view(session_id).body["tokens"]["device"] == 0)
+
+
+def test_sub_agent_at_another_worker_advises_its_parents_return(cluster) -> None:
+    cluster.opened("parent", 11, 400)
+    home = cluster.owner("parent")
+    away = cluster.other(home)
+    demote(cluster, "parent")
+
+    def ask(seed: int, **more: str) -> None:
+        headers = {"X-Claude-Code-Session-Id": "parent", "X-Claude-Code-Agent-Id": "1", **more}
+        headers["X-SMG-Target-Worker"] = cluster.ids[away]
+        body = {
+            "input_ids": random_ids(64, seed),
+            "sampling_params": {**GREEDY, "max_new_tokens": 2},
+        }
+        answer = cluster.front.call("POST", "/generate", body, headers=headers)
+        assert cluster.name_of(served_by(answer)) == away
+
+    def hints() -> list[str]:
+        return [each["action_id"] for each in cluster.view("parent").body["advisories"]]
+
+    ask(12)
+    until(lambda: hints() == ["implicit:parent"])
+    assert cluster.view("parent").body["tokens"]["device"] == 0, "not before it is its turn"
+    ask(13, **{"X-Dynamo-Session-Final": "true"})
+    until(lambda: cluster.view("parent").body["tokens"]["device"] >= 400)
+    assert cluster.front.call("DELETE", "/symphony/sessions/parent").status == 200
+
+
+ARROWS = "document.querySelectorAll('#arrows svg > path').length"
+COUNTS = (
+    "[...document.querySelectorAll('#arrows svg > path + text')].map((t) => +t.textContent)"
+    ".reduce((a, b) => a + b, 0)"
+)
+NEWEST = "document.querySelector('#moves tbody tr:first-child')?.innerText.split(/\\s+/).join(' ')"
+USED = (
+    "[...document.querySelectorAll('.row[data-level=device] .num')]"
+    ".map((node) => parseInt(node.innerText))"
+)
+
+
+def test_page_shows_both_workers_under_load_and_the_moves_between_them(cluster, tmp_path) -> None:
+    find_browser()
+    cluster.opened("shown", 12)
+    target = cluster.other(cluster.owner("shown"))
+
+    def load() -> list[Any]:
+        with ThreadPoolExecutor(8) as pool:
+            return list(
+                pool.map(
+                    lambda n: cluster.turn(f"load{n}", random_ids(600, 700 + n), 24), range(16)
+                )
+            )
+
+    async def look() -> None:
+        async with Page(tmp_path) as page:
+            await page.open(f"{cluster.front.url}/symphony/ui")
+            await page.until(f"{STATE} === 'live'")
+            await page.until("document.querySelectorAll('.worker').length === 2")
+            loading = asyncio.gather(asyncio.to_thread(load), asyncio.sleep(3))
+            record = await asyncio.to_thread(cluster.moved, "shown", target)
+            assert record["state"] == "done", record
+            answers = (await loading)[0]
+            assert {cluster.name_of(served_by(answer)) for answer in answers} == {"a", "b"}
+            await until_shown(cluster, page)
+            assert all(tokens > 600 for tokens in await page.value(USED))
+            await page.submit("#session", "shown")
+            await page.until(f"{text_of('found')}.includes(', on {address(cluster, target)}')")
+            for scheme, width in (("light", 1280), ("dark", 1280), ("light", 400), ("dark", 400)):
+                await page.scheme(scheme)
+                await page.resize(width, 900)
+                await asyncio.sleep(0.5)
+                assert not await page.value(WIDER), (scheme, width)
+                await page.screenshot(shots(tmp_path) / f"moves-{scheme}-{width}.png")
+            assert page.problems == []
+
+    asyncio.run(look())
+
+
+async def until_shown(cluster: Cluster, page: Page) -> None:
+    """The arrows and the newest row are those of the router's moves, of which more may come."""
+    for _ in range(100):
+        answer = await asyncio.to_thread(cluster.front.call, "GET", "/symphony/moves")
+        moves = answer.body["moves"]
+        assert any(move["session_id"] == "shown" for move in moves), "among the newest 64"
+        pairs = {(move["from"], move["to"]) for move in moves}
+        newest = "{} {} → {} {} {}".format(*row_of(cluster, moves[-1]))
+        expected = [len(pairs), len(moves), newest]
+        found = await page.value(f"[{ARROWS}, {COUNTS}, {NEWEST}]")
+        if found == expected:
+            return
+        await asyncio.sleep(0.2)
+    raise AssertionError(f"{found}; expected {expected}")
+
+
+def address(cluster: Cluster, name: str) -> str:
+    return cluster.workers[name].url.removeprefix("http://")
+
+
+def row_of(cluster: Cluster, move: dict[str, Any]) -> tuple[Any, ...]:
+    """Session, whence, where to, state and tokens, as people are shown a move."""
+    way = [address(cluster, cluster.name_of(move[end])) for end in ("from", "to")]
+    return (move["session_id"], *way, move["state"], move["tokens"])
+
+
+def test_top_lists_both_workers_and_the_moves(cluster) -> None:
+    command = [sys.executable, "-m", "symphony_sglang.cli", "top", "--url", cluster.front.url]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    lines = done.stdout.splitlines()
+    for name in cluster.ids:
+        for level in ("device", "host", "nvme"):
+            begin = f"{address(cluster, name)} (ready) {level} used "
+            assert any(line.startswith(begin) for line in lines), lines
+    moves = cluster.front.call("GET", "/symphony/moves").body["moves"][-8:]
+    shown = [line for line in lines if line.startswith("move ")]
+    assert shown[-1] == "move {} {} -> {} {} {} tokens".format(*row_of(cluster, moves[-1]))
+    assert len(shown) == len(moves)
+
+
 def test_metrics_count_moves(cluster) -> None:
     text = cluster.front.call("GET", "/metrics").body
     done = [line for line in text.splitlines() if line.startswith("symphony:moves_total{")]
@@ -291,7 +281,13 @@ def test_restarted_router_knows_the_owners(cluster) -> None:
     prompt = cluster.opened("m6", 6)
     target = cluster.other(cluster.owner("m6"))
     assert cluster.moved("m6", target)["state"] == "done"
-    cluster.front.worker.stop()
+    # Whoever watches does not hold the router up, and is let go cleanly.
+    events = f"{cluster.front.url}/symphony/events?interval_s=60"
+    with ThreadPoolExecutor() as pool:
+        watching = pool.submit(read_to_its_end, urllib.request.urlopen(events, timeout=60))
+        cluster.front.worker.stop()
+        assert watching.result() == "whole"
+    assert cluster.front.worker.process.returncode == 0
     cluster.start_router("--model-path", str(cluster.model))
     until(lambda: cluster.owner("m6") == target)
     turn = [*prompt, 306]
@@ -312,6 +308,8 @@ def test_router_killed_in_the_middle_leaves_one_owner(cluster) -> None:
     assert answer.status == 202
     os.killpg(cluster.front.worker.process.pid, signal.SIGKILL)
     cluster.front.worker.stop()
+    # Nobody renews its lease.
+    until(lambda: cluster.reserved() == 0, 15)
     cluster.start_router("--model-path", str(cluster.model))
     until(lambda: cluster.view("m7").status == 200)
     turn = [*prompt, 307]
@@ -325,8 +323,6 @@ def test_target_killed_in_the_middle_leaves_the_session_at_its_source(cluster) -
     prompt = cluster.opened("m8", 8, 3000)
     source = cluster.owner("m8")
     target = cluster.other(source)
-    # That of the killed router's move lasts until its lease ends.
-    reserved = cluster.reserved()
     record = cluster.migrate("m8", target).body
     kill(cluster, target)
     record = cluster.ended(record["move_id"])
@@ -335,12 +331,12 @@ def test_target_killed_in_the_middle_leaves_the_session_at_its_source(cluster) -
     answer = cluster.turn("m8", turn)
     assert cluster.name_of(served_by(answer)) == source
     assert answer.body["output_ids"] == cluster.computed(turn)
-    cluster.check_idle(reserved)
+    cluster.check_idle()
     cluster.start_worker(target, port=server.worker.port)
     cluster.wait_workers(2)
     assert cluster.moved("m8", cluster.other(cluster.owner("m8")))["state"] == "done"
     cluster.check_owners()
-    cluster.check_idle(reserved)
+    cluster.check_idle()
 
 
 def test_drained_worker_hands_its_sessions_off_and_goes(cluster) -> None:
@@ -429,11 +425,4 @@ def test_killed_source_is_followed_by_its_target(cluster) -> None:
     assert answer.body["output_ids"] == cluster.computed(turn)
     cluster.ended(record["move_id"])
     cluster.check_owners()
-    until(lambda: cluster.reserved() == 0, 90)
-
-
-def kill(cluster: Cluster, name: str) -> None:
-    process = cluster.workers[name].worker
-    assert process.process is not None
-    os.killpg(process.process.pid, signal.SIGKILL)
-    process.stop()
+    until(lambda: cluster.reserved() == 0, 15)

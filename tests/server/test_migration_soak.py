@@ -6,11 +6,10 @@ import os
 import random
 import signal
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from test_migration import Cluster, kill, until
+from cluster import Cluster, kill, running_cluster, until
 
 from conftest import Answer
 
@@ -23,17 +22,7 @@ SEED = 20261121
 
 @pytest.fixture(scope="module")
 def cluster(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    made = Cluster(model, tmp_path_factory.mktemp("soak"))
-    try:
-        with ThreadPoolExecutor() as pool:
-            list(pool.map(made.start_worker, ("a", "b")))
-        made.start_router("--model-path", str(model))
-        yield made
-    finally:
-        if made.router is not None:
-            made.router.worker.stop()
-        for server in made.workers.values():
-            server.worker.stop()
+    yield from running_cluster(model, tmp_path_factory.mktemp("soak"))
 
 
 def ask(cluster: Cluster, session_id: str, prompt: list[int]) -> Answer:
@@ -87,4 +76,4 @@ def test_fifty_moves_with_faults(cluster: Cluster) -> None:
     for session_id, prompt in prompts.items():
         ask(cluster, session_id, [*prompt, 299])
     cluster.check_owners()
-    until(lambda: cluster.reserved() == 0, 120)
+    until(lambda: cluster.reserved() == 0, 15)

@@ -162,6 +162,7 @@ def test_refused_moves_say_why() -> None:
                 "POST", "/symphony/migrate", {"session_id": "s", "to": ids["w2"]}
             )
             assert (status, answer["error"]["code"]) == (409, "no_peer_level")
+            assert "serves no pages" in answer["error"]["message"]
 
     run(scenario)
 

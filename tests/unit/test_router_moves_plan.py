@@ -432,3 +432,25 @@ def test_heads_are_bounded() -> None:
             asked(heads, list(range(number, number + 600)), f"s{session}", float(number))
         heads.check()
     assert len(heads) <= 16
+
+
+def test_data_parallel_server_takes_no_part_and_the_answer_says_why() -> None:
+    async def scenario() -> None:
+        async with moves_world(3) as made:
+            await made.owned("w0", "s")
+            apart = made.by_name("w1")
+            apart.ranks = 2
+            found = made.service.registry.find(apart.worker_id)
+            assert found is not None
+            made.service.registry.learn(found, await made.service.health.describe(found))
+            body = {"session_id": "s", "to": apart.worker_id}
+            status, answer, _headers = await made.call("POST", "/symphony/migrate", body)
+            assert (status, answer["error"]["code"]) == (409, "no_peer_level")
+            assert f"{apart.url} runs with --dp-size 2" in answer["error"]["message"]
+            assert apart.orders == []
+            # The others go on without it.
+            assert (await made.migrate("s", "w2"))["state"] == "done"
+            assert apart.orders == []
+            made.check_quiet()
+
+    run(scenario)

@@ -44,7 +44,7 @@ from symphony_sglang.router.errors import ApiError
 from symphony_sglang.router.health import HealthMonitor
 from symphony_sglang.router.moves_drain import Drains
 from symphony_sglang.router.moves_log import OwnershipJournal
-from symphony_sglang.router.moves_orders import OrderSender, peer_of, session_parts
+from symphony_sglang.router.moves_orders import OrderSender, obstacle, peer_of, session_parts
 from symphony_sglang.router.moves_records import durations, migrate_fields, record
 from symphony_sglang.router.moves_settled import tell_placement
 from symphony_sglang.router.moves_speed import CopySpeeds
@@ -430,7 +430,7 @@ class SessionMover:
         if target.state(self._clock.monotonic()) is not WorkerState.READY:
             raise ApiError(409, "worker_not_ready", f"to: {target.url} takes no sessions now")
         if owner.worker_id != target_id and not self.can_move(owner.worker_id, target_id):
-            message = f"{target.url} cannot copy pages from {owner.worker_id}"
+            message = obstacle(self.registry, owner.worker_id, target_id)
             raise ApiError(409, "no_peer_level", f"to: {message}")
         asked = self.request(key, target_id, MoveCause.REQUEST)
         if isinstance(asked, Refusal):

@@ -159,3 +159,22 @@ def peer_of(registry: WorkerRegistry, domain_id: str) -> str:
     worker: Worker = found[0]
     peers = worker.info.peers
     return peers[0] if len(peers) == 1 and worker.info.dp_size == 1 else ""
+
+
+def obstacle(registry: WorkerRegistry, source_id: str, target_id: str) -> str:
+    """Why pages cannot be copied from one domain to another, for whoever asked for it."""
+    urls = []
+    for domain_id in (source_id, target_id):
+        found = registry.domain(domain_id)
+        if found is None:
+            return f"worker {domain_id} is gone"
+        worker = found[0]
+        if worker.info.dp_size > 1:
+            return (
+                f"{worker.url} runs with --dp-size {worker.info.dp_size}: sessions of "
+                "data-parallel servers do not move, for an order cannot name a rank"
+            )
+        if not peer_of(registry, domain_id):
+            return f"{worker.url} serves no pages (no NVMe level, or --no-symphony-peer)"
+        urls.append(worker.url)
+    return f"{urls[1]} cannot copy pages from {urls[0]}: another model or page size"
