@@ -155,6 +155,9 @@ class LocationMachine(RuleBasedStateMachine):
         for chain in self.chains:
             asked = np.asarray(chain, dtype=np.int64)
             assert self.index.match(asked) == self.oracle.match(chain)
+        for worker_id in WORKERS:
+            held = {level: len(self.oracle.of(worker_id, level)) for level in LEVELS}
+            assert self.index.pages(worker_id) == held
         pages = {page for held in self.oracle.pages.values() for page in held}
         for page in pages:
             for worker_id in WORKERS:

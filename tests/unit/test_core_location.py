@@ -8,13 +8,12 @@ import tracemalloc
 import numpy as np
 import pytest
 
+from symphony_sglang.core.expectations import anchor_places, common_pages
 from symphony_sglang.core.levels import Level
 from symphony_sglang.core.location import (
     IndexLimits,
     LocationIndex,
     PageRun,
-    anchor_places,
-    common_pages,
 )
 from symphony_sglang.core.routing_types import NO_MATCH, PrefixMatch
 

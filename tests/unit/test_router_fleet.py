@@ -376,6 +376,14 @@ def test_a_feed_is_followed_and_malformed_frames_harm_nobody() -> None:
                     if index.match(other):
                         break
                 assert index.match(other)[domain].device_pages == len(other)
+                made.service.feeds.tick()
+                # What a lost message may have said is forgotten with the rest.
+                held = sum(index.has(domain, Level.DEVICE, page) for page in [*hashes, *other])
+                for level, pages in (("device", held), ("nvme", 0)):
+                    labels = {"worker": domain, "level": level}
+                    name = "symphony:location_index_pages"
+                    shown = made.service.metrics.registry.get_sample_value(name, labels)
+                    assert shown == pages
 
     run(scenario)
 

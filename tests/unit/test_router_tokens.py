@@ -15,7 +15,7 @@ from symphony_sglang.core.prefix import NO_NAMESPACE, Namespace, pack_tokens
 from symphony_sglang.router import tokens as tokens_module
 from symphony_sglang.router.chat import ChatTemplate, tools_of, wants_parts
 from symphony_sglang.router.fields import FIELDS
-from symphony_sglang.router.placement import prompt_of
+from symphony_sglang.router.prompts import prompt_of
 from symphony_sglang.router.sessions import session_key
 from symphony_sglang.router.tokens import NO_TOKENS, Prompt, PromptTokens
 from symphony_sglang.workload.tiny_model import make_tiny_model

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
+from symphony_sglang.core.expectations import Expectations
 from symphony_sglang.core.levels import Level
 from symphony_sglang.core.page_table import PageTable
 from symphony_sglang.core.routing_types import NO_MATCH, EventHashes, PrefixMatch
 
 PLANES = {Level.DEVICE: 0, Level.HOST: 1, Level.NVME: 2}
 DECODED_MAX = 4096
+STOPS_MAX = 16  # of one session; the last ones, which lie where prompts differ
 SESSION_BYTES = 400  # of a place with its id and table slots, roughly
 
 
@@ -52,6 +54,8 @@ class IndexLimits:
             is refused: its holder counts as having less than it has.
         workers_max: Workers known at a time. What further ones report is ignored.
         sessions_max: Sessions with an owner; the longest unheard of is forgotten.
+        stops_max: Sessions of which it is kept where holders stopped; beyond it the least recently
+            asked for is looked up from scratch.
         expected_max: Requests whose pages are expected; the oldest is dropped.
         expected_pages_max: Pages of all those together; the oldest is dropped.
         reclaim_pages: How many rows of lost workers one `reclaim` frees.
@@ -60,6 +64,7 @@ class IndexLimits:
     pages_max: int = 16 * 2**20
     workers_max: int = 128
     sessions_max: int = 262_144
+    stops_max: int = 16_384
     expected_max: int = 4096
     expected_pages_max: int = 4 * 2**20
     reclaim_pages: int = 20_000
@@ -67,6 +72,7 @@ class IndexLimits:
     def __post_init__(self) -> None:
         assert self.pages_max > 0 < self.workers_max, self
         assert self.sessions_max > 0 < self.reclaim_pages, self
+        assert self.stops_max > 0, self
         assert self.expected_max > 0 < self.expected_pages_max, self
 
 
@@ -86,44 +92,66 @@ class IndexStats(NamedTuple):
     reclaimable_pages: int
 
 
-@dataclass(slots=True, eq=False)
-class Expected:
-    """Pages that a request just routed to `worker_id` will leave there."""
-
-    number: int
-    worker_id: str
-    hashes: Sequence[int]
-    expires_seconds: float
-    anchors: list[int] = field(default_factory=list)
-
-
 class Found:
-    """Where one prompt is: pages by worker at a glance, by level when asked."""
+    """Where one prompt is: who has how many of its pages, by level when asked.
 
-    __slots__ = ("_index", "ends", "expected", "pages")
+    `ends` are the table's boundaries: the pages from the start that some hold, and no more, in
+    ascending order, with bits that say who and on which levels.
+    """
+
+    __slots__ = ("_index", "_pages", "ends", "expected")
 
     def __init__(self, index: LocationIndex, ends: list[tuple[int, int]]) -> None:
         self._index = index
+        self._pages: dict[str, int] | None = None
         self.ends = ends
         self.expected: dict[str, int] = {}  # worker -> pages there or on their way, if more
-        self.pages: dict[str, int] = {}  # worker -> pages there on any level, from the start
-        for end, bits in ends:
-            for worker_id in index.holders(bits):
-                self.pages[worker_id] = end
+
+    @property
+    def most(self) -> int:
+        """The most pages that any worker has."""
+        return self.ends[-1][0] if self.ends else 0
+
+    @property
+    def groups(self) -> list[tuple[int, tuple[str, ...]]]:
+        """(pages from the start on any level, the workers with so many), in ascending order."""
+        holders = self._index.holders
+        return [(end, holders(bits)) for end, bits in self.ends]
+
+    @property
+    def pages(self) -> dict[str, int]:
+        """Worker -> pages there on any level, from the start."""
+        if self._pages is None:
+            self._pages = {}
+            for end, names in self.groups:
+                self._pages.update(dict.fromkeys(names, end))
+        return self._pages
+
+    def count(self, worker_id: str) -> int:
+        """One worker's pages on any level, from the start."""
+        nvme = self._index.bits(worker_id)[2]
+        for end, bits in self.ends:
+            if bits & nvme:
+                return end
+        return 0
 
     def match(self, worker_id: str) -> PrefixMatch:
         """The levels of one worker's pages."""
-        pages = self.pages.get(worker_id, 0)
-        extra = max(0, self.expected.get(worker_id, 0) - pages)
-        if not pages:
-            return PrefixMatch(0, 0, 0, extra) if extra else NO_MATCH
-        device, host, _ = self._index.bits(worker_id)
-        on_device = to_host = 0
+        device, host, nvme, any_level = self._index.bits(worker_id)
+        on_device = to_host = pages = 0
         for end, bits in self.ends:
-            if bits & device:
-                on_device = end
-            if bits & host:
-                to_host = end
+            if bits & any_level:
+                if bits & nvme:
+                    pages = end
+                if bits & host:
+                    to_host = end
+                if bits & device:
+                    on_device = end
+        extra = 0
+        if self.expected:
+            extra = max(0, self.expected.get(worker_id, 0) - pages)
+        if not pages and not extra:
+            return NO_MATCH
         return PrefixMatch(on_device, to_host - on_device, pages - to_host, extra)
 
 
@@ -136,12 +164,11 @@ class LocationIndex:
         self._table = PageTable(self.limits.workers_max, self.limits.pages_max)
         self._slots: dict[str, int] = {}
         self._names: dict[int, str] = {}
+        self._bits: dict[str, tuple[int, int, int, int]] = {}
         self._holders: dict[int, tuple[str, ...]] = {}
         self._sessions: OrderedDict[str, SessionPlace] = OrderedDict()
-        self._expected: OrderedDict[int, Expected] = OrderedDict()
-        self._anchors: dict[int, dict[str, Expected]] = {}
-        self._expected_pages = 0
-        self._expected_number = 0
+        self._stops: OrderedDict[str, tuple[int, ...]] = OrderedDict()
+        self._expected = Expectations(self.limits.expected_max, self.limits.expected_pages_max)
 
     # What workers report -----------------------------------------------------------------------
 
@@ -168,8 +195,8 @@ class LocationIndex:
         if slot is None:
             return
         self._table.add(hashes, parent, self._bit(slot, level), linked=linked)
-        if self._anchors and level is Level.DEVICE:
-            self._confirm(worker_id, hashes)
+        if self._expected and level is Level.DEVICE:
+            self._expected.confirm(worker_id, hashes)
 
     def removed(self, worker_id: str, level: Level, hashes: Sequence[int]) -> None:
         """A worker has these pages on `level` no more."""
@@ -199,10 +226,9 @@ class LocationIndex:
         self.cleared(worker_id)
         slot = self._slots.pop(worker_id, None)
         if slot is not None:
-            del self._names[slot]
+            del self._names[slot], self._bits[worker_id]
             self._holders.clear()
-        for number in [n for n, e in self._expected.items() if e.worker_id == worker_id]:
-            self._drop(number)
+        self._expected.forget_worker(worker_id)
         for session_id in [s for s, place in self._sessions.items() if place[0] == worker_id]:
             del self._sessions[session_id]
 
@@ -220,98 +246,47 @@ class LocationIndex:
         ttl_seconds: float,
         known_pages: int = 0,
     ) -> None:
-        """A request with this prompt was just sent to `worker_id`: it will soon hold its pages.
-
-        Gone when the worker reports the last of them, after `ttl_seconds`, or when there are too
-        many. Costs a dozen table entries, however long the prompt, and a reference to `hashes`.
-        The first `known_pages` it holds already; naming them spares a look-up to everybody who
-        shares only those.
-        """
-        self.expire(now_seconds)
-        count = len(hashes)
-        if known_pages >= count:
-            return
-        self._expected_number += 1
-        number = self._expected_number
-        entry = Expected(number, worker_id, hashes.data, now_seconds + ttl_seconds)
-        for place in anchor_places(count, known_pages):
-            anchor = entry.hashes[place]
-            entry.anchors.append(anchor)
-            self._anchors.setdefault(anchor, {})[worker_id] = entry
-        self._expected[number] = entry
-        self._expected_pages += count
-        limits = self.limits
-        while len(self._expected) > limits.expected_max or (
-            self._expected_pages > limits.expected_pages_max and len(self._expected) > 1
-        ):
-            self._drop(next(iter(self._expected)))
+        """See `Expectations.add`."""
+        self._expected.add(worker_id, hashes, now_seconds, ttl_seconds, known_pages)
 
     def expire(self, now_seconds: float) -> None:
         """Drop expectations whose time is over, oldest first."""
-        while self._expected:
-            number, entry = next(iter(self._expected.items()))
-            if entry.expires_seconds > now_seconds:
-                return
-            self._drop(number)
-
-    def _drop(self, number: int) -> None:
-        entry = self._expected.pop(number)
-        self._expected_pages -= len(entry.hashes)
-        for anchor in entry.anchors:
-            entries = self._anchors.get(anchor)
-            if entries is not None and entries.get(entry.worker_id) is entry:
-                del entries[entry.worker_id]
-                if not entries:
-                    del self._anchors[anchor]
-
-    def _confirm(self, worker_id: str, hashes: Sequence[int]) -> None:
-        """The truth has come: what was expected up to one of these pages is expected no more."""
-        anchors = self._anchors
-        for key in hashes:
-            if key in anchors:
-                entry = anchors[key].get(worker_id)
-                if entry is not None and entry.anchors[-1] == key:
-                    self._drop(entry.number)
-
-    def _expect(self, found: Found, hashes: Sequence[int], now_seconds: float) -> None:
-        """Fill in what is expected at each worker beyond what is there; at least half of it.
-
-        A chain stands under the places 0, 1, 3, 7 … and under the first page that its worker
-        lacked, which is where that worker's pages end now.
-        """
-        count = len(hashes)
-        ends = {end for end, _ in found.ends if end < count}
-        seen: set[str] = set()
-        for place in sorted(ends.union(anchor_places(count, 0)), reverse=True):
-            entries = self._anchors.get(hashes[place])
-            if entries is None or entries.keys() <= seen:
-                continue
-            for worker_id, entry in entries.items():
-                if worker_id in seen or entry.expires_seconds <= now_seconds:
-                    continue
-                seen.add(worker_id)
-                pages = found.pages.get(worker_id, 0)
-                if pages <= place or (
-                    pages < min(count, len(entry.hashes)) and entry.hashes[pages] == hashes[pages]
-                ):
-                    known = max(pages, place + 1)
-                    found.expected[worker_id] = common_pages(entry.hashes, hashes, known)
+        self._expected.expire(now_seconds)
 
     # Questions ---------------------------------------------------------------------------------
 
-    def find(self, hashes: Sequence[int] | EventHashes, now_seconds: float = 0.0) -> Found:
+    def find(
+        self,
+        hashes: Sequence[int] | EventHashes,
+        now_seconds: float = 0.0,
+        session_id: str | None = None,
+    ) -> Found:
         """Where the head of a prompt is. O(log pages) for each place where some holder stops.
 
         Args:
             hashes: Event hashes of the prompt's pages, all from its first.
             now_seconds: Decides which expectations still hold.
+            session_id: Holders are looked for first where they stopped in its last prompt: from
+                one turn to the next, few of them move.
         """
         # A memoryview gives Python integers twice as fast as an array, without a copy.
         view = hashes.data if isinstance(hashes, np.ndarray) else hashes
-        found = Found(self, self._table.boundaries(view))
-        if self._anchors:
-            self._expect(found, view, now_seconds)
+        if session_id is None:
+            found = Found(self, self._table.boundaries(view))
+        else:
+            found = Found(self, self._table.boundaries(view, self._stops.get(session_id, ())))
+            self._remember(session_id, found)
+        if self._expected:
+            ends = [end for end, _ in found.ends]
+            found.expected = self._expected.find(view, ends, found.count, now_seconds)
         return found
+
+    def _remember(self, session_id: str, found: Found) -> None:
+        stops = self._stops
+        stops[session_id] = tuple([end for end, _ in found.ends[-STOPS_MAX:]])
+        stops.move_to_end(session_id)
+        if len(stops) > self.limits.stops_max:
+            stops.popitem(last=False)
 
     def match(
         self, hashes: Sequence[int] | EventHashes, now_seconds: float = 0.0
@@ -333,10 +308,9 @@ class LocationIndex:
             self._holders[low] = names
         return names
 
-    def bits(self, worker_id: str) -> tuple[int, int, int]:
-        """The bit of a known worker in each plane."""
-        slot, width = self._slots[worker_id], self._table.width
-        return (1 << slot, 1 << slot + width, 1 << slot + 2 * width)
+    def bits(self, worker_id: str) -> tuple[int, int, int, int]:
+        """A worker's bit in each plane, and all three; zeros where it is not known."""
+        return self._bits.get(worker_id, (0, 0, 0, 0))
 
     def has(self, worker_id: str, level: Level, page_hash: int) -> bool:
         """Whether a worker has one page on a level, whatever it has before it."""
@@ -391,6 +365,11 @@ class LocationIndex:
 
     # Figures -----------------------------------------------------------------------------------
 
+    def pages(self, worker_id: str) -> dict[Level, int]:
+        """How many pages a worker holds on each level."""
+        bits = zip(PLANES, self.bits(worker_id), strict=False)
+        return {level: self._table.counts.get(bit, 0) for level, bit in bits}
+
     def stats(self) -> IndexStats:
         table = self._table
         return IndexStats(
@@ -411,15 +390,12 @@ class LocationIndex:
         """Every part agrees with the others; walks everything."""
         self._table.check()
         assert {slot: name for name, slot in self._slots.items()} == self._names
+        assert self._bits.keys() == self._slots.keys()
         assert len(self._slots) <= self.limits.workers_max
         assert len(self._sessions) <= self.limits.sessions_max
         assert all(name == place.session_id for name, place in self._sessions.items())
-        assert len(self._expected) <= self.limits.expected_max
-        assert self._expected_pages == sum(len(e.hashes) for e in self._expected.values())
-        current = {id(entry) for entry in self._expected.values()}
-        for entries in self._anchors.values():
-            assert entries
-            assert all(id(entry) in current for entry in entries.values())
+        assert len(self._stops) <= self.limits.stops_max
+        self._expected.check()
 
     def _slot(self, worker_id: str) -> int | None:
         slot = self._slots.get(worker_id)
@@ -430,6 +406,8 @@ class LocationIndex:
             slot = next(n for n in range(self.limits.workers_max) if n not in self._names)
             self._slots[worker_id] = slot
             self._names[slot] = worker_id
+            bits = [1 << slot + plane * self._table.width for plane in PLANES.values()]
+            self._bits[worker_id] = (bits[0], bits[1], bits[2], sum(bits))
             self._holders.clear()
         return slot
 
@@ -437,26 +415,3 @@ class LocationIndex:
         if level not in PLANES:
             raise ValueError(f"level is {level.value!r}; expected one of {[*map(str, PLANES)]}")
         return 1 << slot + PLANES[level] * self._table.width
-
-
-def anchor_places(count: int, known: int) -> list[int]:
-    """Places in a chain of `count` pages under which it is found: `known`, then those of 0, 1, 3,
-    7 … that follow, and the last."""
-    places = [known] if known < count else []
-    places += [p for p in ((1 << power) - 1 for power in range(count.bit_length())) if p > known]
-    if places and places[-1] != count - 1:
-        places.append(count - 1)
-    return places
-
-
-def common_pages(left: Sequence[int], right: Sequence[int], known: int) -> int:
-    """Length of the common head of two chains that agree on `known` pages: chains that part once
-    never meet again, so bisection finds it."""
-    low, high = known, min(len(left), len(right))
-    while low < high:
-        middle = (low + high) >> 1
-        if left[middle] == right[middle]:
-            low = middle + 1
-        else:
-            high = middle
-    return low

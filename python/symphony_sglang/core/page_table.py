@@ -21,7 +21,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-NONE = -1
+from symphony_sglang.core.page_bisect import NONE, Columns, bisect_ends
+
 ROOT, UNLINKED, FREE = -2, -3, -4  # in the parent column, beside row numbers
 EMPTY = 0  # the state of a row that nobody holds
 INDEX_SIZE_MIN = 1024
@@ -57,6 +58,7 @@ class PageTable:
         self._state_ids = {(0, 0): EMPTY}
         self._free_states: list[int] = []
         self._drops = 0  # of states, whose numbers then mean something else
+        self.counts: dict[int, int] = {}  # bit of `present` -> rows that have it
         self._dead = array("i")  # rows that a mass removal emptied, to be freed bit by bit
         self._hand = 0
 
@@ -113,6 +115,8 @@ class PageTable:
             cells[2 * row + 1] = new
             self._references[new] += 1
             self._references[number] -= 1
+            if self._present[new] != self._present[number]:
+                self.counts[bit] = self.counts.get(bit, 0) + 1
 
     def _include(self, row: int, bit: int) -> None:
         present = self._present[self._cells[2 * row + 1]]
@@ -146,6 +150,8 @@ class PageTable:
             self._references[self._state_ids[pair]] += self._references[number]
         if len(self._present) > len(remap):  # states made above map to themselves
             remap = np.concatenate([remap, np.arange(len(remap), len(self._present))])
+        for plane in range(3):
+            self.counts.pop(1 << slot + plane * self.width, None)
         states = np.frombuffer(self._cells, dtype=np.int64)[1::2]
         states[:] = remap[states]
         for number in touched:
@@ -181,70 +187,29 @@ class PageTable:
         """The row of a page, or NONE."""
         index, mask, cells = self._index, self._mask, self._cells
         place = key & mask
-        while True:
-            row = index[place]
-            if row == NONE or cells[2 * row] == key:
-                return row
+        row = index[place]
+        while row != NONE and cells[2 * row] != key:
             place = (place + 1) & mask
+            row = index[place]
+        return row
 
     def present(self, key: int) -> int:
         """Bits of `present` of a page; 0 where it is unknown."""
         row = self.find(key)
         return 0 if row == NONE else self._present[self._cells[2 * row + 1]]
 
-    def boundaries(self, hashes: Sequence[int]) -> list[tuple[int, int]]:
+    def boundaries(self, hashes: Sequence[int], near: Sequence[int] = ()) -> list[tuple[int, int]]:
         """Where a prompt's holders stop: (pages from the start, `closed` bits that end there).
 
         In ascending order; together the bits are those of the first page. Pages that lack a link
-        get it from `hashes`, which is a prompt's whole chain from its first page.
+        get it from `hashes`, which is a prompt's whole chain from its first page. `near` are
+        guesses of where holders stop, in ascending order: a right one costs two look-ups, not ten.
         """
         while True:
-            ends = self._bisect(hashes)
+            columns = Columns(self._index, self._mask, self._cells, self._closed)
+            ends = bisect_ends(columns, hashes, near)
             if not self._link_at(hashes, ends[-1][0] if ends else 0):
                 return ends
-
-    def _bisect(self, hashes: Sequence[int]) -> list[tuple[int, int]]:
-        count = len(hashes)
-        row = self.find(hashes[0]) if count else NONE
-        if row == NONE:
-            return []
-        index, mask, cells, closed = self._index, self._mask, self._cells, self._closed
-        size = len(cells)
-        first = closed[cells[2 * row + 1]]
-        ends: list[tuple[int, int]] = []
-        # Pages stored together lie in rows one after the other, so the row of a page is first
-        # guessed from that of the last page found. The key tells whether it is the one.
-        offset = row
-        # Ranges (low, bits at low, high, bits at high), the leftmost on top. Page `count` has none.
-        stack = [(0, first, count, 0)]
-        while stack:
-            low, low_bits, high, high_bits = stack.pop()
-            while high - low > 1 and low_bits != high_bits:
-                middle = (low + high) >> 1
-                key = hashes[middle]
-                cell = 2 * (middle + offset)
-                if not 0 <= cell < size or cells[cell] != key or not closed[cells[cell + 1]]:
-                    place = key & mask
-                    row = index[place]
-                    while row != NONE and cells[2 * row] != key:
-                        place = (place + 1) & mask
-                        row = index[place]
-                    if row != NONE:
-                        offset = row - middle
-                    cell = 2 * row + 1 if row != NONE else NONE
-                else:
-                    cell += 1
-                bits = closed[cells[cell]] if cell != NONE else 0
-                if bits == low_bits:
-                    low = middle
-                elif bits == high_bits:
-                    high = middle
-                else:
-                    stack.append((middle, bits, high, high_bits))
-                    high, high_bits = middle, bits
-            if low_bits != high_bits:
-                ends.append((high, low_bits & ~high_bits))
-        return ends
 
     def _link_at(self, hashes: Sequence[int], end: int) -> bool:
         """Link pages without a link from `end` on, as far as they follow on each other."""
@@ -405,6 +370,7 @@ class PageTable:
 
     def _put(self, row: int, present: int) -> None:
         """Set what is present at a row, and bring `closed` up to date from there down."""
+        self._recount(self._present[self._cells[2 * row + 1]], present)
         width, plane = self.width, self.plane
         cells, parents, children = self._cells, self._parent, self._child
         stack = [row]
@@ -438,6 +404,14 @@ class PageTable:
                     stack.append(child)
                     child = self._next[child]
 
+    def _recount(self, old: int, new: int) -> None:
+        """A row's `present` changes from `old` to `new`."""
+        counts, changed = self.counts, old ^ new
+        while changed:
+            bit = changed & -changed
+            changed ^= bit
+            counts[bit] = counts.get(bit, 0) + (1 if new & bit else -1)
+
     def _intern(self, pair: tuple[int, int]) -> int:
         number = self._state_ids.get(pair)
         if number is None:
@@ -467,6 +441,13 @@ class PageTable:
         live = [row for row in range(len(self._parent)) if self._parent[row] != FREE]
         assert len(live) == self.rows <= self.rows_max
         assert sum(1 for row in self._index if row != NONE) == self.rows
+        held: dict[int, int] = {}
+        for row in live:
+            present = self._present[self._cells[2 * row + 1]]
+            for place in range(present.bit_length()):
+                if present >> place & 1:
+                    held[1 << place] = held.get(1 << place, 0) + 1
+        assert held == {bit: count for bit, count in self.counts.items() if count}
         counts = [0] * len(self._present)
         dead = set(self._dead)
         for row in live:

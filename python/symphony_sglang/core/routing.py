@@ -9,19 +9,24 @@ together, while a worker that is overloaded still sheds the rest of its load, an
 
 from __future__ import annotations
 
+import math
 import random as random_module
 from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from operator import attrgetter
 from typing import NamedTuple
 
 from symphony_sglang.core.levels import Level
 from symphony_sglang.core.location import Found, LocationIndex
-from symphony_sglang.core.route_cost import CostModel, Estimate, Source, WorkerCost
+from symphony_sglang.core.route_cost import CostModel, Estimate, Source
 from symphony_sglang.core.routing_types import (
+    NO_COST,
     NO_MATCH,
     AdvisedPlace,
     AdvisoryChoice,
+    Alternative,
+    CostParts,
     Decision,
     PolicySettings,
     PrefixMatch,
@@ -30,11 +35,13 @@ from symphony_sglang.core.routing_types import (
     WorkerState,
     WorkerView,
 )
+from symphony_sglang.core.worker_costs import WorkerCost, WorkerCosts
 from symphony_sglang.errors import NoWorkerError
 
-# Candidates that may be cheapest by their bound are weighed in full up to this many, then only if
+# Candidates that may be as cheap as the cheapest are weighed in full up to this many, then only if
 # the bound is lower by more than a tie: of 64 idle workers it does not matter which.
-WEIGHED_MIN = 8
+WEIGHED_MAX = 4
+SECONDS = attrgetter("seconds")
 
 
 def candidates(request: RouteRequest, workers: Sequence[WorkerView]) -> Sequence[WorkerView]:
@@ -123,6 +130,15 @@ class Weighed(NamedTuple):
     owner_id: str | None
 
 
+class Asked(NamedTuple):
+    """A request while its candidates are weighed; `sources` fills as they are needed."""
+
+    request: RouteRequest
+    found: Mapping[int, Found]
+    now_seconds: float
+    sources: dict[int, list[Source]]
+
+
 class SymphonyPolicy:
     """Least cost in seconds, from the true place of KV at every level."""
 
@@ -186,9 +202,21 @@ class SymphonyPolicy:
     ) -> AdvisoryChoice:
         """By the same cost. What is chosen is not binding: the request is placed anew."""
         weighed = self._weigh(request, workers, index, now_seconds, random)
-        chosen = weighed.chosen
+        chosen, owner_id = weighed.chosen, weighed.owner_id
         others = [e for e in weighed.estimates if e is not chosen]
-        return describe_choice(request, chosen, weighed, others[: self.settings.alternatives_max])
+        # The owner first: whether a move away from it pays is what is asked next.
+        others.sort(key=lambda estimate: estimate.worker.view.worker_id != owner_id)
+        view = chosen.worker.view
+        return describe_choice(
+            request,
+            view,
+            weighed.found.get(view.page_size),
+            chosen.match,
+            weighed,
+            cost=chosen.cost,
+            owner_id=owner_id,
+            alternatives=tuple(e.alternative() for e in others[: self.settings.alternatives_max]),
+        )
 
     def advised(self, request: RouteRequest, choice: AdvisoryChoice, now_seconds: float) -> None:
         """The session is being prepared there: it counts as its place until a request comes."""
@@ -245,57 +273,86 @@ class SymphonyPolicy:
         now_seconds: float,
         random: random_module.Random,
     ) -> Weighed:
-        usable = candidates(request, workers)
+        model = self._model
+        if workers:
+            model.workers.update(workers)
+        whole = len(workers) > 0 and model.workers.all_fit(request)
+        usable = workers if whole else candidates(request, workers)
         found = {
-            page_size: index.find(hashes, now_seconds)
+            page_size: index.find(hashes, now_seconds, request.session_id)
             for page_size, hashes in request.page_hashes.items()
         }
         owner_id = self._owner(request, index, now_seconds)
         if owner_id is not None and not request.page_hashes:
             request = self._assume(request, owner_id, index, now_seconds)
-        ranked = self._model.rank(request, usable, found, random.randrange(len(usable)))
-        sources = best_sources(request, workers, found)
-        settings = self.settings
-        estimates: list[Estimate] = []
-        best = float("inf")
-        for floor, _, worker in ranked:
-            tie = max(settings.tie_seconds, settings.tie_share * best)
-            if floor > best and len(estimates) > settings.alternatives_max:
-                break
-            if len(estimates) >= WEIGHED_MIN and floor > best - tie:
-                break
-            estimate = self._estimate(worker, request, found, sources, now_seconds)
-            estimates.append(estimate)
-            best = min(best, estimate.seconds)
+        asked = Asked(request, found, now_seconds, {})
+        start = random.randrange(len(usable))
+        estimates = self._candidates(asked, usable, start, whole=whole)
         if owner_id is not None and all(e.worker.view.worker_id != owner_id for e in estimates):
-            for _, _, worker in ranked:
-                if worker.view.worker_id == owner_id:
-                    owner = self._estimate(worker, request, found, sources, now_seconds)
-                    estimates.append(owner)
-        estimates.sort(key=lambda e: e.seconds)
+            owner = model.workers.view(owner_id)
+            if owner is not None and any(view is owner for view in usable):
+                cost = model.workers.cost(model.workers.positions[owner_id])
+                estimates.append(self._estimate(asked, cost))
+        estimates.sort(key=SECONDS)
         chosen, reason = self._settle(request, estimates, owner_id, random)
         if len(usable) == 1:
             reason = Reason.ONLY_WORKER if request.target_worker is None else Reason.TARGETED
         return Weighed(chosen, reason, estimates, found, len(usable), owner_id)
 
-    def _estimate(
-        self,
-        worker: WorkerCost,
-        request: RouteRequest,
-        found: Mapping[int, Found],
-        sources: Mapping[int, Sequence[Source]],
-        now_seconds: float,
-    ) -> Estimate:
+    def _candidates(
+        self, asked: Asked, usable: Sequence[WorkerView], start: int, *, whole: bool
+    ) -> list[Estimate]:
+        """Estimates of all that may be as cheap as the cheapest, of most no more than a few."""
+        model, costs = self._model, self._model.workers
+        weighed: dict[int, Estimate] = {}
+        best, bar = math.inf, math.inf
+        few: list[tuple[float, int]] = []
+        rest = 0.0
+        if whole:
+            few, rest = model.shortlist(asked.request, asked.found)
+        for floor, position in few:
+            if floor > bar:
+                break
+            estimate = weighed[position] = self._estimate(asked, costs.cost(position))
+            if estimate.seconds < best:
+                best = estimate.seconds
+                bar = best + self._tie(best)
+        if rest > bar:
+            return list(weighed.values())
+        for floor, position in model.rank(asked.request, usable, asked.found, start):
+            if floor > bar or (len(weighed) >= WEIGHED_MAX and floor > 2 * best - bar):
+                break
+            if position not in weighed:
+                estimate = weighed[position] = self._estimate(asked, costs.cost(position))
+                if estimate.seconds < best:
+                    best = estimate.seconds
+                    bar = best + self._tie(best)
+        return list(weighed.values())
+
+    def _tie(self, best_seconds: float) -> float:
+        """Costs that are higher than the cheapest by no more than this are as good."""
+        settings = self.settings
+        return max(settings.tie_seconds, settings.tie_share * best_seconds)
+
+    def _estimate(self, asked: Asked, worker: WorkerCost) -> Estimate:
         view = worker.view
-        where = found.get(view.page_size)
+        where = asked.found.get(view.page_size)
         match = NO_MATCH if where is None else where.match(view.worker_id)
         source = None
-        if view.pulls_pages and match.pages * view.page_size < request.input_tokens:
-            for peer in sources.get(view.page_size, ()):
-                if peer.worker_id != view.worker_id:
-                    source = peer
-                    break
-        return self._model.estimate(worker, request, match, source, now_seconds)
+        if view.pulls_pages and where is not None:
+            more = (where.most - match.pages) * view.page_size
+            if more >= self.settings.pull_tokens_min:
+                source = self._source(asked, view)
+        return self._model.estimate(worker, asked.request, match, source, asked.now_seconds)
+
+    def _source(self, asked: Asked, view: WorkerView) -> Source | None:
+        """The best peer to pull from; looked for once for each page size."""
+        sources = asked.sources.get(view.page_size)
+        if sources is None:
+            where = asked.found[view.page_size]
+            sources = best_sources(self._model.workers, where, view.page_size)
+            asked.sources[view.page_size] = sources
+        return next((peer for peer in sources if peer.worker_id != view.worker_id), None)
 
     def _settle(
         self,
@@ -307,9 +364,9 @@ class SymphonyPolicy:
         """Of estimates in ascending order: the cheapest, but for ties and for staying."""
         settings = self.settings
         best = estimates[0]
-        tie = best.seconds + max(settings.tie_seconds, settings.tie_share * best.seconds)
+        tie = best.seconds + self._tie(best.seconds)
         stay = best.seconds * (1 + settings.stay_share) + settings.stay_seconds
-        most = max(held(e) for e in estimates)
+        tied = [e for e in estimates if e.seconds <= tie]
         for estimate in estimates:
             if estimate.worker.view.worker_id != owner_id:
                 continue
@@ -321,13 +378,13 @@ class SymphonyPolicy:
             if abs(estimate.tokens.recompute - best.tokens.recompute) <= settings.stay_tokens:
                 # The same prefill on both: how they measured it says nothing about where to go.
                 seconds -= max(0.0, estimate.cost.recompute - best.cost.recompute)
-            # Where a peer has more of it, there is nothing to stay for.
-            if seconds <= stay and held(estimate) + settings.stay_tokens >= most > 0:
+            # Where one of the cheapest has more of it, there is nothing to stay for.
+            here = held(estimate)
+            if seconds <= stay and here and here + settings.stay_tokens >= max(map(held, tied)):
                 return estimate, Reason.SESSION
-        tied = [e for e in estimates if e.seconds <= tie]
         if len(tied) == 1:
             return best, Reason.LEAST_COST
-        top = max(held(e) for e in tied)
+        top = max(map(held, tied))
         fuller = [e for e in tied if held(e) == top]
         if len(fuller) < len(tied) and len(fuller) == 1:
             return fuller[0], Reason.TIE_CACHE
@@ -342,35 +399,27 @@ def held(estimate: Estimate) -> int:
     return tokens.device + tokens.host + tokens.nvme
 
 
-def best_sources(
-    request: RouteRequest, workers: Sequence[WorkerView], found: Mapping[int, Found]
-) -> dict[int, list[Source]]:
-    """For each page size the two workers with most of the prompt that serve pages, most first.
+def best_sources(workers: WorkerCosts, where: Found, page_size: int) -> list[Source]:
+    """The two workers with most of the prompt that serve pages, most first.
 
     A draining worker is as good a source as any. Among equals the one with the fewest transfers,
     then the fewest requests.
     """
-    sources: dict[int, list[Source]] = {}
-    if True not in [view.pulls_pages for view in workers]:
-        return sources
-    for page_size, where in found.items():
+    sources: list[Source] = []
+    for end, names in reversed(where.groups):
+        views = [view for view in map(workers.view, names) if view is not None]
         ranked = sorted(
-            (
-                -where.pages[view.worker_id],
-                view.transfer_seconds,
-                view.load.requests,
-                view.worker_id,
-            )
-            for view in workers
+            (view.transfer_seconds, view.load.requests, view.worker_id)
+            for view in views
             if view.serves_pages
             and view.page_size == page_size
             and view.state is not WorkerState.UNHEALTHY
-            and view.worker_id in where.pages
         )
-        sources[page_size] = [
-            Source(name, -pages * page_size, fast_pages(where.match(name)) * page_size)
-            for pages, _, _, name in ranked[:2]
-        ]
+        for _, _, name in ranked[: 2 - len(sources)]:
+            fast = fast_pages(where.match(name)) * page_size
+            sources.append(Source(name, end * page_size, fast))
+        if len(sources) == 2:
+            break
     return sources
 
 
@@ -381,32 +430,35 @@ def fast_pages(match: PrefixMatch) -> int:
 
 def describe_choice(
     request: RouteRequest,
-    chosen: Estimate,
-    weighed: Weighed,
-    others: Sequence[Estimate],
+    view: WorkerView,
+    found: Found | None,
+    match: PrefixMatch,
+    decided: Decision | Weighed,
+    *,
+    cost: CostParts = NO_COST,
+    owner_id: str | None = None,
+    alternatives: tuple[Alternative, ...] = (),
 ) -> AdvisoryChoice:
-    """An advisory's choice, with the worker that the KV would have to come from."""
-    view = chosen.worker.view
-    where = weighed.found.get(view.page_size)
-    here = chosen.match.pages
-    source_id, most = None, here
-    for worker_id, pages in {} if where is None else where.pages.items():
-        # The owner first: its copy is the newest.
-        if pages > most or (pages == most > here and worker_id == weighed.owner_id):
+    """An advisory's choice, with the worker that the KV would have to come from.
+
+    `found` and `match` are of the chosen worker's page size. Of several sources with as much the
+    session's owner is taken: its copy is the newest.
+    """
+    source_id, most = None, match.pages
+    for worker_id, pages in {} if found is None else found.pages.items():
+        if pages > most or (pages == most > match.pages and worker_id == owner_id):
             source_id, most = worker_id, pages
-    best = chosen.match
-    if where is not None and source_id is not None:
-        best = where.match(source_id)
+    best = match if found is None or source_id is None else found.match(source_id)
     return AdvisoryChoice(
         worker_id=view.worker_id,
-        reason=weighed.reason,
-        cost=chosen.cost,
-        match=chosen.match,
+        reason=decided.reason,
+        cost=cost,
+        match=match,
         best_level=fastest_level(best),
         source_worker_id=source_id,
         tokens=min(most * view.page_size, request.input_tokens),
-        considered=weighed.considered,
-        alternatives=tuple(e.alternative() for e in others),
+        considered=decided.considered,
+        alternatives=alternatives,
     )
 
 

@@ -18,10 +18,9 @@ from symphony_sglang.core.routing import (
     SessionMap,
     SymphonyPolicy,
     candidates,
-    fastest_level,
+    describe_choice,
 )
 from symphony_sglang.core.routing_types import (
-    NO_COST,
     NO_MATCH,
     AdvisoryChoice,
     Decision,
@@ -41,6 +40,11 @@ def least_loaded(workers: Sequence[WorkerView], random: Random) -> WorkerView:
     """The worker with the fewest requests; by chance among equals."""
     fewest = min(view.load.requests for view in workers)
     return random.choice([view for view in workers if view.load.requests == fewest])
+
+
+def named(worker_id: str | None, workers: Sequence[WorkerView]) -> WorkerView | None:
+    """The worker of that id, if it is among `workers`."""
+    return next((view for view in workers if view.worker_id == worker_id), None)
 
 
 class SimplePolicy:
@@ -104,21 +108,7 @@ class SimplePolicy:
         decision = self.choose(request, workers, index, now_seconds, random)
         view = next(v for v in workers if v.worker_id == decision.worker_id)
         match, found = match_at(request, view, index, now_seconds)
-        source_id, most = None, match.pages
-        for worker_id, pages in {} if found is None else found.pages.items():
-            if pages > most:
-                source_id, most = worker_id, pages
-        best = found.match(source_id) if found is not None and source_id is not None else match
-        return AdvisoryChoice(
-            worker_id=view.worker_id,
-            reason=decision.reason,
-            cost=NO_COST,
-            match=match,
-            best_level=fastest_level(best),
-            source_worker_id=source_id,
-            tokens=min(most * view.page_size, request.input_tokens),
-            considered=decision.considered,
-        )
+        return describe_choice(request, view, found, match, decision)
 
     def advised(self, request: RouteRequest, choice: AdvisoryChoice, now_seconds: float) -> None:
         """Nothing to remember."""
@@ -218,10 +208,9 @@ class SessionStickyPolicy(SimplePolicy):
         now_seconds: float,
         random: Random,
     ) -> tuple[WorkerView, Reason]:
-        home = self._home(request, index, now_seconds)
-        for view in usable:
-            if view.worker_id == home:
-                return view, Reason.SESSION
+        view = named(self._home(request, index, now_seconds), usable)
+        if view is not None:
+            return view, Reason.SESSION
         return least_loaded(usable, random), Reason.LEAST_LOADED
 
     def routed(
@@ -254,6 +243,12 @@ class SymphonyPaperPolicy(SessionStickyPolicy):
         super().__init__(settings)
         self._promised = SessionMap(self.settings.sessions_max, self.settings.session_idle_seconds)
 
+    def _promise(self, request: RouteRequest, now_seconds: float) -> str | None:
+        """The worker that an advisory has bound the session to."""
+        if request.session_id is None:
+            return None
+        return self._promised.get(request.session_id, now_seconds)
+
     def _spread(self, usable: Sequence[WorkerView], random: Random) -> WorkerView:
         loads = [v.load.requests + self._promised.counts[v.worker_id] for v in usable]
         fewest = min(loads)
@@ -267,14 +262,12 @@ class SymphonyPaperPolicy(SessionStickyPolicy):
         now_seconds: float,
         random: Random,
     ) -> tuple[WorkerView, Reason]:
-        promised = None
-        if request.session_id is not None:
-            promised = self._promised.get(request.session_id, now_seconds)
+        promised = self._promise(request, now_seconds)
         home = self._home(request, index, now_seconds)
         for target, reason in ((promised, Reason.ADVISED), (home, Reason.SESSION)):
-            for view in usable:
-                if view.worker_id == target:
-                    return view, reason
+            view = named(target, usable)
+            if view is not None:
+                return view, reason
         return self._spread(usable, random), Reason.LEAST_LOADED
 
     def choose_for_advisory(
@@ -287,12 +280,7 @@ class SymphonyPaperPolicy(SessionStickyPolicy):
     ) -> AdvisoryChoice:
         """The worker with the least to do, wherever the KV is; one that is promised stays."""
         usable = candidates(request, workers)
-        promised = None
-        if request.session_id is not None:
-            promised = self._promised.get(request.session_id, now_seconds)
-        view = next((v for v in usable if v.worker_id == promised), None)
-        if view is None:
-            view = self._spread(usable, random)
+        view = named(self._promise(request, now_seconds), usable) or self._spread(usable, random)
         return super().choose_for_advisory(request, [view], index, now_seconds, random)
 
     def advised(self, request: RouteRequest, choice: AdvisoryChoice, now_seconds: float) -> None:
@@ -353,9 +341,9 @@ class CacheAwarePolicy(SimplePolicy):
         text = tree_text(request)
         matched, worker_id = self.tree.match(text)
         if text and matched / len(text) > settings.cache_threshold:
-            for view in usable:
-                if view.worker_id == worker_id:
-                    return view, Reason.CACHE
+            view = named(worker_id, usable)
+            if view is not None:
+                return view, Reason.CACHE
         sizes = [self.tree.characters.get(view.worker_id, 0) for view in usable]
         smallest = min(sizes)
         room = [v for v, size in zip(usable, sizes, strict=True) if size == smallest]

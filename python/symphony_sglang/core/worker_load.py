@@ -65,7 +65,7 @@ class LoadLedger:
     ) -> None:
         """A request goes to a worker; sent again under the same id, it leaves the one before."""
         self.ended(request_id)
-        account = self._accounts.setdefault(worker_id, _Account())
+        account = self._account(worker_id)
         account.sent[request_id] = Sent(uncached_tokens, input_tokens, now_seconds)
         account.view = None
         self._workers[request_id] = worker_id
@@ -88,8 +88,14 @@ class LoadLedger:
 
     def reported(self, worker_id: str, report: LoadView, now_seconds: float) -> None:
         """A worker's own account; its `requests_in_flight` is not looked at."""
-        account = self._accounts.setdefault(worker_id, _Account())
+        account = self._account(worker_id)
         account.report, account.report_seconds, account.view = report, now_seconds, None
+
+    def _account(self, worker_id: str) -> _Account:
+        account = self._accounts.get(worker_id)
+        if account is None:
+            account = self._accounts[worker_id] = _Account()
+        return account
 
     def forget_worker(self, worker_id: str) -> None:
         account = self._accounts.pop(worker_id, None)

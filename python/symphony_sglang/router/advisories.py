@@ -14,12 +14,14 @@ PLACES_PER_SESSION = 4
 
 @dataclass(frozen=True, slots=True)
 class Advisory:
-    """One forwarded hint."""
+    """One forwarded hint; `prepares` the session's next turn, which may yet go elsewhere."""
 
     advisory_id: str
     domain_id: str
     session_key: str | None
     expires_seconds: float
+    sent_seconds: float = 0.0
+    prepares: bool = False
 
 
 class AdvisoryMemory:
@@ -31,14 +33,37 @@ class AdvisoryMemory:
         self._advisories_max = advisories_max
         self._sessions_max = sessions_max
         self._advisories: OrderedDict[str, Advisory] = OrderedDict()
+        self._preparing: dict[str, dict[str, Advisory]] = {}  # session -> id -> advisory
         # Session -> its promised places, each with when the promise ends.
         self._places: OrderedDict[str, dict[str, tuple[AdvisedPlace, float]]] = OrderedDict()
 
     def remember(self, advisory: Advisory) -> None:
+        self._forget(self._advisories.pop(advisory.advisory_id, None))
         self._advisories[advisory.advisory_id] = advisory
-        self._advisories.move_to_end(advisory.advisory_id)
+        if advisory.prepares and advisory.session_key is not None:
+            known = self._preparing.setdefault(advisory.session_key, {})
+            known[advisory.advisory_id] = advisory
         while len(self._advisories) > self._advisories_max:
-            self._advisories.popitem(last=False)
+            self._forget(self._advisories.popitem(last=False)[1])
+
+    def _forget(self, advisory: Advisory | None) -> None:
+        """It prepares nothing any more."""
+        known = self._preparing.get((advisory and advisory.session_key) or "")
+        if advisory is not None and known is not None:
+            known.pop(advisory.advisory_id, None)
+            if not known:
+                del self._preparing[advisory.session_key or ""]
+
+    def taken(self, session_key: str, domain_id: str, sent_seconds: float) -> list[Advisory]:
+        """A turn that was sent at `sent_seconds` is served by `domain_id`: the advisories that
+        prepared it elsewhere, and need not go on. Later ones are about a later turn."""
+        known = self._preparing.get(session_key)
+        if known is None:
+            return []
+        over = [one for one in known.values() if one.sent_seconds <= sent_seconds]
+        for advisory in over:
+            self._forget(advisory)
+        return [one for one in over if one.domain_id != domain_id]
 
     def find(self, advisory_id: str) -> Advisory | None:
         return self._advisories.get(advisory_id)
@@ -90,4 +115,7 @@ class AdvisoryMemory:
     def check(self) -> None:
         assert len(self._advisories) <= self._advisories_max
         assert len(self._places) <= self._sessions_max
+        for session_key, known in self._preparing.items():
+            assert known, session_key
+            assert all(self._advisories[name] is one for name, one in known.items())
         assert all(0 < len(places) <= PLACES_PER_SESSION for places in self._places.values())

@@ -98,6 +98,18 @@ class RouterSettings:
     rate_limit_tokens_per_second: int = setting(
         0, "requests a second; 0: no limit", minimum=0, maximum=NEVER
     )
+    advise_rate: float = setting(
+        200.0,
+        "advisories a second that one caller may send on average; beyond it callers get 429",
+        minimum=0.1,
+        maximum=1e6,
+    )
+    advise_tokens: int = setting(
+        67_108_864,
+        "tokens that the live advisories of one caller may hold; beyond it callers get 429",
+        minimum=1,
+        maximum=10**12,
+    )
     # Keys.
     api_key: str = setting("", "key that callers must send", metavar="KEY")
     admin_api_key: str = setting("", "key of control routes", metavar="KEY")

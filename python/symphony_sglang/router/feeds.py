@@ -192,6 +192,8 @@ class Feeds:
         for domain_id, subscriber in self._subscribers.items():
             counters = subscriber.counters
             self._metrics.index_lag(domain_id, counters.lag_seconds)
+            pages = {level.value: count for level, count in index.pages(domain_id).items()}
+            self._metrics.index_pages(domain_id, pages)
             missed = counters.gaps - self._gaps.get(domain_id, 0)
             if missed > 0:
                 self._metrics.feed_gap(domain_id, missed)

@@ -17,6 +17,7 @@ TEXT_TYPE = (b"content-type", b"text/plain; charset=utf-8")
 # Where a caller's own id for a request may stand; sglang-router's list.
 REQUEST_ID_HEADERS = (b"x-request-id", b"x-correlation-id", b"x-trace-id", b"request-id")
 REQUEST_ID_CHARACTERS_MAX = 256
+ID_BYTES = 12
 # sglang-router marks the ids that it gives out by route.
 ID_PREFIXES = {
     "/v1/chat/completions": "chatcmpl-",
@@ -30,6 +31,24 @@ STATUS_LINES = {
 }
 # Answers that have no body, and no length either.
 BODILESS = (204, 304)
+
+
+class RandomIds:
+    """Ids that nobody can guess; the system is asked for randomness once for many."""
+
+    def __init__(self) -> None:
+        self._bytes = b""
+        self._place = 0
+
+    def next(self) -> str:
+        if self._place >= len(self._bytes):
+            self._bytes, self._place = secrets.token_bytes(ID_BYTES * 256), 0
+        piece = self._bytes[self._place : self._place + ID_BYTES]
+        self._place += ID_BYTES
+        return piece.hex()
+
+
+IDS = RandomIds()
 
 
 class Channel(Protocol):
@@ -97,7 +116,7 @@ class Request:
             if value and len(value) <= REQUEST_ID_CHARACTERS_MAX:
                 return value
         prefix = ID_PREFIXES.get(self.path, "req-")
-        return (prefix + secrets.token_hex(12)).encode("ascii")
+        return (prefix + IDS.next()).encode("ascii")
 
     def header(self, name: bytes) -> str | None:
         value = self.headers.get(name)

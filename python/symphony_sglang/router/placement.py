@@ -11,8 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
-import msgspec
-
 from symphony_sglang.clock import Clock
 from symphony_sglang.core.gate import Rate
 from symphony_sglang.core.location import LocationIndex
@@ -34,16 +32,15 @@ from symphony_sglang.router.errors import ApiError
 from symphony_sglang.router.fields import RequestFields, expected_output
 from symphony_sglang.router.http import Request
 from symphony_sglang.router.moves import MovingSessions
+from symphony_sglang.router.prompts import has_ids, prompt_of, prompt_text
 from symphony_sglang.router.registry import Worker, WorkerRegistry, with_state
 from symphony_sglang.router.sessions import namespace_of, session_key, session_of
 from symphony_sglang.router.text_pages import TextPages, text_hashes
 from symphony_sglang.router.tokens import (
     BYTES_PER_TOKEN,
     NO_TOKENS,
-    Prompt,
     PromptTokens,
     Tokens,
-    decode_ids,
 )
 from symphony_sglang.telemetry.router import Call, RouterMetrics
 
@@ -54,7 +51,6 @@ TEXT_POLICIES = ("cache_aware",)
 LOADLESS_POLICIES = ("round_robin", "random")
 # Routes whose prompt the router can turn into the worker's token ids.
 PROMPT_ROUTES = ("/generate", "/v1/completions", "/v1/chat/completions")
-TEXT_BYTES_MAX = 1 << 20
 TOKENIZE_SECONDS_MAX = 2.0
 RANK_HEADER = b"x-data-parallel-rank"
 TARGET_HEADER = b"x-smg-target-worker"
@@ -91,6 +87,8 @@ class Placed:
     first_seen: bool = False
     early: EarlyChoice | None = None  # its session moves just now
     turn: bool = False  # counted as a turn of its session
+    decision_seconds: float = 0.0
+    sent_seconds: float = 0.0
 
     def body(self, request: Request, subject: Subject) -> bytes:
         """The request's body, with the rank named in it where the worker has several.
@@ -137,6 +135,8 @@ class Placement:
         self.rates: dict[str, Any] = {}  # domain id -> WorkerRates
         self.advised_places: Any = None  # session key -> places; set by the advisory desk
         self.promise: Any = None  # (session key, place, until): remembers one; set by the same
+        # Told when a worker has begun to answer a turn of a session; set by the advisory desk.
+        self.taken: Callable[[Placed], None] | None = None
         self.peer_rates: dict[str, Rate] = {}  # domain id -> as its moves measured
         self.moving: MovingSessions | None = None
         self._executor = executor
@@ -252,7 +252,7 @@ class Placement:
 
     # Choosing ---------------------------------------------------------------------------------
 
-    def place(self, subject: Subject, call: Call) -> Placed:
+    def place(self, subject: Subject) -> Placed:
         """Choose. Once every candidate has failed the request, all are candidates again.
 
         Raises:
@@ -274,14 +274,9 @@ class Placement:
         found = self.registry.domain(decision.worker_id)
         if found is None:
             raise NoWorkerError("none", "the chosen worker has just been removed")
-        seconds = self._clock.monotonic() - began
-        self._metrics.selected(self.policy.name, call.model, decision.reason.value, seconds)
-        if route.page_hashes and subject.exact:
-            parts = decision.tokens
-            levels = {"device": parts.device, "host": parts.host, "nvme": parts.nvme}
-            self._metrics.matched(levels, route.input_tokens)
         key = f"{next(self._numbers)}"
         placed = Placed(key, found[0], decision.worker_id, found[1], decision, subject)
+        placed.decision_seconds = self._clock.monotonic() - began
         placed.early = early
         return placed
 
@@ -365,19 +360,28 @@ class Placement:
 
     # A request's life -------------------------------------------------------------------------
 
-    def sent(self, placed: Placed) -> None:
-        now = self._clock.monotonic()
+    def sent(self, placed: Placed, call: Call) -> None:
+        """It is on its way to the worker."""
+        now = placed.sent_seconds = self._clock.monotonic()
         route, decision = placed.subject.route, placed.decision
         self.ledger.sent(
             placed.domain_id, placed.key, decision.uncached_tokens, route.input_tokens, now
         )
         self._stale.add(placed.domain_id)
         self.policy.routed(route, decision, self.index, now)
+        reason, seconds = decision.reason.value, placed.decision_seconds
+        self._metrics.selected(self.policy.name, call.model, reason, seconds)
+        if route.page_hashes and placed.subject.exact:
+            parts = decision.tokens
+            levels = {"device": parts.device, "host": parts.host, "nvme": parts.nvme}
+            self._metrics.matched(levels, route.input_tokens)
 
     def first_bytes(self, placed: Placed, status: int) -> None:
         placed.first_seen = True
         self.ledger.first_token(placed.key)
         self._stale.add(placed.domain_id)
+        if self.taken is not None and status == 200 and placed.subject.route.session_id is not None:
+            self.taken(placed)
 
     def answered(self, placed: Placed) -> None:
         """The worker answered well."""
@@ -423,61 +427,6 @@ class Placement:
         """About once a second."""
         self.policy.tick(self._clock.monotonic())
         self.refresh()
-
-
-def present(raw: msgspec.Raw) -> bool:
-    """Whether a field is there, and not null."""
-    view = memoryview(raw)
-    return len(view) > 0 and view[:4].tobytes() != b"null"
-
-
-def has_ids(fields: RequestFields) -> bool:
-    """Whether the prompt may be given as token ids."""
-    return any(memoryview(raw)[:1].tobytes() == b"[" for raw in (fields.input_ids, fields.prompt))
-
-
-def prompt_of(fields: RequestFields) -> Prompt | None:
-    """A request's prompt, the first of a batch; None where it is not plain text or ids."""
-    if present(fields.image_data) or present(fields.input_embeds):
-        return None
-    try:
-        if present(fields.messages):
-            return Prompt(chat=chat_of(fields))
-        for raw in (fields.input_ids, fields.prompt, fields.text):
-            if not present(raw):
-                continue
-            ids = decode_ids(bytes(raw))
-            if ids is not None:
-                return Prompt(input_ids=ids)
-            if raw is fields.input_ids:
-                return None
-            value = msgspec.json.decode(raw)
-            first = value[0] if isinstance(value, list) and value else value
-            return Prompt(text=first) if isinstance(first, str) and first else None
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        return None
-    return None
-
-
-def chat_of(fields: RequestFields) -> dict[str, Any]:
-    names = ("messages", "tools", "tool_choice", "chat_template_kwargs")
-    body = {
-        name: msgspec.json.decode(getattr(fields, name))
-        for name in names
-        if present(getattr(fields, name))
-    }
-    body["reasoning_effort"] = fields.reasoning_effort
-    return body
-
-
-def prompt_text(fields: RequestFields) -> str:
-    """The prompt as text, for policies that compare heads of texts; JSON where it is structured."""
-    for raw in (fields.text, fields.prompt, fields.messages, fields.input, fields.input_ids):
-        if present(raw):
-            # Anthropic's route and OpenAI's newest have what comes before all messages apart.
-            before = b"".join(bytes(r) for r in (fields.system, fields.instructions) if present(r))
-            return (before + bytes(raw))[:TEXT_BYTES_MAX].decode("utf-8", "replace")
-    return ""
 
 
 def rank_of(request: Request) -> int | None:

@@ -11,10 +11,12 @@ import logging
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from symphony_sglang.clock import Clock
 from symphony_sglang.errors import NoWorkerError
 from symphony_sglang.router.background import Background
+from symphony_sglang.router.deadlines import Deadlines
 from symphony_sglang.router.errors import ApiError, stream_error
 from symphony_sglang.router.fields import RequestFields, read_fields, usage_of
 from symphony_sglang.router.headers import caller_headers, worker_headers
@@ -50,6 +52,7 @@ class Attempt:
     placed: Placed
     response: UpstreamResponse | None = None
     error: UpstreamError | None = None
+    counted: bool = False
 
     @property
     def status(self) -> int:
@@ -94,8 +97,16 @@ class Proxy:
         self._metrics = metrics
         self._chance = chance
         self._background = background
+        self._deadlines = Deadlines(clock)
         # Told of each request that goes to a worker; set by who wants to know.
         self.on_sent: Callable[[Request, Placed], None] | None = None
+
+    def tick(self) -> None:
+        """About once a second: end what takes too long."""
+        self._deadlines.tick()
+
+    def check(self) -> None:
+        self._deadlines.check()
 
     async def forward(self, request: Request) -> None:
         """Answer `request` with what a worker says."""
@@ -110,26 +121,30 @@ class Proxy:
 
     async def _forward_in_time(self, request: Request, fields: RequestFields, call: Call) -> None:
         seconds_max = self._settings.request_seconds_max
+        deadline = self._deadlines.enter(seconds_max)
         try:
-            async with asyncio.timeout(seconds_max):
-                await self._forward(request, fields, call)
-        except TimeoutError:
+            await self._forward(request, fields, call)
+        except asyncio.CancelledError:
+            if not deadline.passed:
+                raise
             self._metrics.request_failed(call, "timeout")
             error = ApiError(504, "request_timeout", f"no whole answer within {seconds_max:g} s")
             self._refuse(request, error, fields)
         finally:
+            self._deadlines.leave(deadline)
             self._metrics.request_ended(call, self._clock.monotonic() - request.began_seconds)
 
     async def _forward(self, request: Request, fields: RequestFields, call: Call) -> None:
         subject = await self._placement.describe(request, fields)
-        self._metrics.routed(call)
         try:
             attempt = await self._try_workers(request, subject, call)
         except NoWorkerError as error:
+            self._metrics.routed(call)
             self._metrics.request_failed(call, "no_workers")
             raise ApiError(503, "no_available_workers", str(error)) from error
         if attempt.response is None:
             assert attempt.error is not None
+            self._metrics.routed(call)
             self._metrics.request_failed(call, "backend_error")
             timed_out = attempt.error.kind == "timeout"
             raise ApiError(
@@ -138,8 +153,10 @@ class Proxy:
                 f"{attempt.placed.worker.url}: {attempt.error}",
             )
         try:
-            await self._hand_through(request, fields, call, attempt.placed, attempt.response)
+            await self._hand_through(request, fields, call, attempt, attempt.response)
         finally:
+            self._count(attempt)
+            self._metrics.routed(call)
             attempt.response.close()
             self._ended(attempt.placed)
 
@@ -180,13 +197,15 @@ class Proxy:
         return self._retry.backoff_seconds(number, self._chance)
 
     async def _try(self, request: Request, subject: Subject, call: Call) -> Attempt:
-        placed = self._placement.place(subject, call)
+        placed = self._placement.place(subject)
         worker = placed.worker
         attempt = Attempt(placed)
         self._registry.began(worker)
-        self._placement.sent(placed)
-        if self.on_sent is not None:
-            self.on_sent(request, placed)
+        sent: Callable[[], None] | None = partial(self._sent, request, placed, call)
+        if placed.early is not None or placed.decision.pull is not None:
+            # It may wait for pages, and the worker has work to come meanwhile.
+            self._sent(request, placed, call)
+            sent = None
         try:
             await self._placement.prepare(placed)
             attempt.response = await worker.pool.request(
@@ -194,6 +213,8 @@ class Proxy:
                 request.target,
                 worker_headers(request, worker.api_key or self._worker_key),
                 placed.body(request, subject),
+                # Counted once it is on its way: that costs the caller nothing then.
+                sent=sent,
             )
         except UpstreamError as error:
             attempt.error = error
@@ -204,11 +225,25 @@ class Proxy:
             self._ended(placed)
             self._abort(placed, subject)
             raise
-        else:
-            self._metrics.upstream(attempt.status)
-            self._placement.first_bytes(placed, attempt.status)
-        self._registry.outcome(worker, success=not attempt.failed)
+        if attempt.retryable:
+            self._count(attempt)
         return attempt
+
+    def _sent(self, request: Request, placed: Placed, call: Call) -> None:
+        self._placement.sent(placed, call)
+        if self.on_sent is not None:
+            self.on_sent(request, placed)
+
+    def _count(self, attempt: Attempt) -> None:
+        """What is learned from an attempt's first bytes, once; after they have gone out, where the
+        caller gets them."""
+        if attempt.counted:
+            return
+        attempt.counted = True
+        if attempt.response is not None:
+            self._metrics.upstream(attempt.status)
+            self._placement.first_bytes(attempt.placed, attempt.status)
+        self._registry.outcome(attempt.placed.worker, success=not attempt.failed)
 
     async def _give_up(self, attempt: Attempt) -> None:
         """Let go of an answer that nobody will see."""
@@ -256,10 +291,11 @@ class Proxy:
         request: Request,
         fields: RequestFields,
         call: Call,
-        placed: Placed,
+        attempt: Attempt,
         response: UpstreamResponse,
     ) -> None:
         """Pieces go out as they come in; none waits for another."""
+        placed = attempt.placed
         first_seconds = self._clock.monotonic() - request.began_seconds
         headers = caller_headers(response, placed.worker.worker_id.encode("ascii"))
         tail = b""
@@ -277,12 +313,14 @@ class Proxy:
             request.start(response.status, headers)
             if not response.complete:
                 push(piece)
+                self._count(attempt)
             while not response.complete:
                 await request.drained()
                 piece = await response.pipe(push)
             request.send(piece, more=False)
             tail = piece if len(piece) > TAIL_BYTES_MIN else tail + piece
         except UpstreamError as error:
+            self._count(attempt)
             self._broke_off(request, fields, call, placed, error)
             return
         total_seconds = self._clock.monotonic() - request.began_seconds

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from symphony_sglang.clock import Clock, SystemClock
+from symphony_sglang.core.budget import CallerLimits
 from symphony_sglang.core.migration import INSTANCE_BITS
 from symphony_sglang.core.migration_book import BookLimits
 from symphony_sglang.core.routing_policies import make_policy
@@ -122,20 +123,25 @@ class RouterService:
         if not settings.disable_migration:
             self._make_mover(move_limits)
         self.fleet = Fleet(self.registry, self.health, self.mover)
-        self.desk = SymphonyDesk(
-            registry=self.registry,
-            placement=self.placement,
-            health=self.health,
-            mover=self.mover,
-            metrics=self.metrics,
-            clock=self.clock,
-        )
+        self.desk = self._make_desk()
         self.live = LiveView(self.desk.residency_document, self.mover)
         self.parents = ParentHints(
             self.desk.advise_parent, self.placement, self.background, self.clock
         )
         self.proxy.on_sent = self.parents.sent
         self._make_face()
+
+    def _make_desk(self) -> SymphonyDesk:
+        return SymphonyDesk(
+            registry=self.registry,
+            placement=self.placement,
+            health=self.health,
+            mover=self.mover,
+            metrics=self.metrics,
+            clock=self.clock,
+            background=self.background,
+            limits=advisory_limits(self.settings),
+        )
 
     def _make_mover(self, limits: BookLimits) -> None:
         """The one that moves sessions, told by the feeds and asked by placement."""
@@ -216,6 +222,7 @@ class RouterService:
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(TICK_SECONDS)
+            self.proxy.tick()
             self.placement.tick()
             self.desk.tick()
             self.feeds.tick()
@@ -231,6 +238,7 @@ class RouterService:
     def check(self) -> None:
         self.registry.check()
         self.gate.check()
+        self.proxy.check()
         self.placement.tokens.check()
         self.placement.text_pages.check()
         self.placement.ledger.check()
@@ -249,10 +257,7 @@ class RouterService:
         settings = self.settings
         loop = asyncio.get_running_loop()
         sys.setswitchinterval(SWITCH_SECONDS)
-        # What lives as long as the process need not be looked at by every collection.
-        gc.collect()
-        gc.freeze()
-        gc.set_threshold(*COLLECT_THRESHOLDS)
+        spare_collections()
         listener = bind(settings.host, settings.port)
         metrics_sockets = self._metrics_sockets()
         signals: asyncio.Queue[None] = asyncio.Queue()
@@ -288,6 +293,13 @@ class RouterService:
         except ConfigError as error:
             logger.warning("metrics are on the main port only: %s", error)
             return []
+
+
+def spare_collections() -> None:
+    """What lives as long as the process need not be looked at by every garbage collection."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*COLLECT_THRESHOLDS)
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -369,6 +381,15 @@ def limit_settings(settings: RouterSettings) -> LimitSettings:
         queue_max=settings.queue_size,
         queue_seconds_max=float(settings.queue_timeout_secs),
         per_second=float(settings.rate_limit_tokens_per_second),
+    )
+
+
+def advisory_limits(settings: RouterSettings) -> CallerLimits:
+    rate = settings.advise_rate
+    return CallerLimits(
+        rate_per_second=rate,
+        burst=max(1.0, 2 * rate),
+        tokens_in_flight_max=settings.advise_tokens,
     )
 
 

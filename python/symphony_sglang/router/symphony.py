@@ -7,7 +7,6 @@ import dataclasses
 import logging
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote
 
@@ -15,12 +14,16 @@ import msgspec
 
 from symphony_sglang.clock import Clock
 from symphony_sglang.core import hints
+from symphony_sglang.core.budget import CallerLimits
 from symphony_sglang.core.levels import Target
 from symphony_sglang.core.parent_hints import ParentHint
 from symphony_sglang.core.prefix import NO_NAMESPACE
 from symphony_sglang.core.routing_types import AdvisedPlace, AdvisoryChoice, RouteRequest
 from symphony_sglang.errors import HintError, NoWorkerError
 from symphony_sglang.router.advisories import Advisory, AdvisoryMemory
+from symphony_sglang.router.advisory_budget import AdvisoryBudget
+from symphony_sglang.router.background import Background
+from symphony_sglang.router.errands import Errand, detail_of, empty_receipt, mark_peer
 from symphony_sglang.router.errors import ApiError
 from symphony_sglang.router.headers import worker_headers
 from symphony_sglang.router.health import HealthMonitor
@@ -28,7 +31,7 @@ from symphony_sglang.router.http import Request
 from symphony_sglang.router.moves import Mover
 from symphony_sglang.router.moves_receipts import move_id_of, move_receipt
 from symphony_sglang.router.moves_share import holder, share
-from symphony_sglang.router.placement import Placement
+from symphony_sglang.router.placement import Placed, Placement
 from symphony_sglang.router.registry import Worker, WorkerRegistry
 from symphony_sglang.router.sessions import session_key
 from symphony_sglang.router.tokens import NO_TOKENS, Prompt, Tokens
@@ -40,20 +43,6 @@ logger = logging.getLogger(__name__)
 ASK_SECONDS_MAX = 10.0
 READY_STATES = ("ready",)
 FAILED_STATUSES = ("missing", "rejected", "unsupported", "deferred")
-
-
-@dataclass(slots=True)
-class Errand:
-    """One hint on its way to one worker."""
-
-    position: int
-    raw: Any  # as the caller wrote it
-    hint: hints.Hint
-    domain_id: str
-    worker: Worker
-    key: str | None = None
-    choice: AdvisoryChoice | None = None
-    receipt: dict[str, Any] = field(default_factory=dict)
 
 
 class SymphonyDesk:
@@ -68,8 +57,12 @@ class SymphonyDesk:
         mover: Mover,
         metrics: RouterMetrics,
         clock: Clock,
+        background: Background,
+        limits: CallerLimits,
     ) -> None:
         self.memory = AdvisoryMemory()
+        self.budget = AdvisoryBudget(limits, clock, self._state_of)
+        self._background = background
         self._registry = registry
         self._placement = placement
         self._health = health
@@ -78,6 +71,7 @@ class SymphonyDesk:
         self._clock = clock
         placement.advised_places = lambda key: self.memory.places(key, clock.monotonic())
         placement.promise = self.memory.promise
+        placement.taken = self._taken
         registry.events.removed.append(self._on_removed)
 
     def _on_removed(self, worker: Worker) -> None:
@@ -89,6 +83,7 @@ class SymphonyDesk:
 
     def check(self) -> None:
         self.memory.check()
+        self.budget.check()
 
     # Advisories -------------------------------------------------------------------------------
 
@@ -99,6 +94,7 @@ class SymphonyDesk:
             message = hints.parse_advise(body)
         except HintError as error:
             raise ApiError(400, "invalid_hint", str(error)) from None
+        caller = await self.budget.admit(request, max(1, len(message.hints)))
         raws = body["actions"] if "actions" in body else [None] * len(message.hints)
         message_id = message.message_id or f"msg-{uuid.uuid4().hex}"
         errands = [
@@ -115,8 +111,12 @@ class SymphonyDesk:
         await asyncio.gather(
             *(self._forward(request, message_id, group, short) for group in by_worker.values())
         )
+        now = self._clock.monotonic()
         for errand in errands:
             self._metrics.advised(str(errand.receipt.get("status", "rejected")))
+            if isinstance(errand.hint.action, hints.Prefetch | hints.Retain):
+                expires = now + float(errand.hint.action.expires_in_seconds)
+                self.budget.took(caller, errand.receipt, expires)
         receipts = [errand.receipt for errand in errands]
         request.reply_json(202, {"message_id": message_id, "receipts": receipts})
 
@@ -273,37 +273,23 @@ class SymphonyDesk:
             raise ApiError(status, "worker_refused", detail_of(document))
         reason = "unsupported_worker" if status in (404, 405, 409) else "worker_unavailable"
         for errand in errands:
-            errand.receipt = self._empty_receipt(errand, reason)
-
-    def _empty_receipt(self, errand: Errand, reason: str) -> dict[str, Any]:
-        status = "unsupported" if reason == "unsupported_worker" else "rejected"
-        selector = getattr(errand.hint.action, "selector", None)
-        receipt: dict[str, Any] = {
-            "advisory_id": None,
-            "action_id": errand.hint.action_id,
-            "status": status,
-            "reason": reason,
-            "session_id": None if selector is None else selector.session_id,
-            "worker": errand.domain_id,
-            "state": "failed",
-            "tokens": {},
-            "bytes": {},
-            "timeline": [],
-        }
-        self._mark_peer(errand, receipt)
-        return receipt
+            errand.receipt = empty_receipt(errand, reason)
+            mark_peer(errand, errand.receipt)
 
     def _take_receipt(self, errand: Errand) -> None:
         """Complete a worker's receipt, and remember what it promises."""
         receipt = errand.receipt
         receipt["worker"] = errand.domain_id
-        self._mark_peer(errand, receipt)
+        mark_peer(errand, receipt)
         advisory_id = receipt.get("advisory_id")
         now = self._clock.monotonic()
         action = errand.hint.action
         expires = now + float(getattr(action, "expires_in_seconds", 60.0))
         if isinstance(advisory_id, str):
-            self.memory.remember(Advisory(advisory_id, errand.domain_id, errand.key, expires))
+            prepares = isinstance(action, hints.Prefetch) and move_id_of(advisory_id) is None
+            self.memory.remember(
+                Advisory(advisory_id, errand.domain_id, errand.key, expires, now, prepares)
+            )
         if not isinstance(action, hints.Prefetch) or errand.key is None:
             if isinstance(action, hints.Release | hints.Cancel | hints.Demote) and errand.key:
                 self.memory.withdraw(errand.key)
@@ -318,18 +304,31 @@ class SymphonyDesk:
         place = AdvisedPlace(errand.domain_id, int(total or 0), now + wait)
         self.memory.promise(errand.key, place, expires)
 
-    def _mark_peer(self, errand: Errand, receipt: dict[str, Any]) -> None:
-        """Say how much of the session is at another worker than the one that was advised."""
-        counted = receipt.setdefault("tokens", {})
-        if not isinstance(counted, dict):
-            return
-        choice = errand.choice
-        elsewhere = 0
-        if choice is not None and choice.source_worker_id not in (None, errand.domain_id):
-            elsewhere = choice.tokens
-        counted["peer"] = elsewhere
-        if elsewhere and receipt.get("status") == "missing":
-            receipt["reason"] = "peer"
+    def _taken(self, placed: Placed) -> None:
+        """A turn is served: what prepares it at other workers need not go on."""
+        key = placed.subject.route.session_id or ""
+        for advisory in self.memory.taken(key, placed.domain_id, placed.sent_seconds):
+            self.memory.withdraw(key, advisory.domain_id)
+            found = self._registry.domain(advisory.domain_id)
+            if found is not None:
+                path = f"/symphony/advisories/{quote(advisory.advisory_id, safe='')}"
+                self._background.start(self._cancel(found[0], path), "cancel a hint")
+
+    async def _cancel(self, worker: Worker, path: str) -> None:
+        status, _document = await self._ask(worker, "DELETE", path, b"", None)
+        logger.debug("%s cancelled at %s: %d", path, worker.url, status)
+
+    async def _state_of(self, advisory_id: str) -> str | None:
+        """An advisory's state; where its worker does not answer, it counts as live."""
+        known = self.memory.find(advisory_id)
+        found = self._registry.domain(known.domain_id) if known else None
+        if found is None:
+            return None
+        path = f"/symphony/advisories/{quote(advisory_id, safe='')}"
+        status, document = await self._ask(found[0], "GET", path, b"", None)
+        if status == 200 and isinstance(document, dict):
+            return str(document.get("state"))
+        return None if status == 404 else "unknown"
 
     async def get_advisory(self, request: Request, advisory_id: str) -> None:
         await self._about_advisory(request, "GET", advisory_id)
@@ -338,6 +337,7 @@ class SymphonyDesk:
         known = self.memory.find(advisory_id)
         if known is not None and known.session_key is not None:
             self.memory.withdraw(known.session_key, known.domain_id)
+        self.budget.ended(request, advisory_id)
         await self._about_advisory(request, "DELETE", advisory_id)
 
     async def _about_advisory(self, request: Request, method: str, advisory_id: str) -> None:
@@ -457,14 +457,3 @@ class SymphonyDesk:
         if record is None:
             raise ApiError(404, "not_found", f"move {move_id[:256]!r} is not known")
         request.reply_json(200, record)
-
-
-def detail_of(document: Any) -> str:
-    """The message of a worker's error, whatever its shape."""
-    if isinstance(document, dict):
-        error = document.get("error")
-        inner = error.get("message") if isinstance(error, dict) else error
-        for value in (inner, document.get("detail"), document.get("message")):
-            if isinstance(value, str):
-                return value
-    return "the worker refused"

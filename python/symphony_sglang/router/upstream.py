@@ -330,13 +330,21 @@ class ConnectionPool:
     _retired: bool = False
 
     async def request(
-        self, method: bytes, target: bytes, headers: Headers, body: bytes, *, reuse: bool = True
+        self,
+        method: bytes,
+        target: bytes,
+        headers: Headers,
+        body: bytes,
+        *,
+        reuse: bool = True,
+        sent: Callable[[], None] | None = None,
     ) -> UpstreamResponse:
         """Send, and wait for the head of the answer and its first bytes.
 
         So long as this has not returned, the caller may try again elsewhere. A connection that
         turns out to have been closed while it was idle is replaced once. `reuse` False takes a
-        fresh connection.
+        fresh connection. `sent` is called once, as soon as the request is on its way, or waits for
+        its connection.
 
         Raises:
             UpstreamError: no connection, or none of the answer came.
@@ -345,9 +353,12 @@ class ConnectionPool:
         connection = self._take() if reuse else None
         fresh = connection is None
         if connection is None:
+            if sent is not None:
+                sent()
+                sent = None
             connection = await self._connect()
         try:
-            return await self._exchange(connection, head, body)
+            return await self._exchange(connection, head, body, sent)
         except UpstreamError as error:
             if fresh or error.kind != "closed" or connection.status:
                 raise
@@ -355,11 +366,17 @@ class ConnectionPool:
         return await self._exchange(connection, head, body)
 
     async def _exchange(
-        self, connection: UpstreamConnection, head: bytes, body: bytes
+        self,
+        connection: UpstreamConnection,
+        head: bytes,
+        body: bytes,
+        sent: Callable[[], None] | None = None,
     ) -> UpstreamResponse:
         self.busy += 1
         connection.start(head, body)
         try:
+            if sent is not None:
+                sent()
             await connection.wait()
         except BaseException:
             self.release(connection)
