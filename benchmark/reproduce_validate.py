@@ -10,6 +10,11 @@ Workers of other kinds than ours measure nothing: they run on the same machine, 
 speeds of ours. What a request costs beyond the worker's own time (HTTP, tokenizing, the router) is
 taken from the samples, once for all arms with a router and once for those without: the fastest
 tenth of what is left of TTFT.
+
+Workers, client and router share a machine, so none of them runs at the speed that it measured
+alone. How much slower, or faster, is one number, taken from the scenario's baseline: the pace at
+which its simulation comes nearest to it. The baseline's own agreement therefore says little, that
+of the other arms is the test.
 """
 
 from __future__ import annotations
@@ -17,6 +22,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
@@ -56,6 +62,7 @@ FEATURES = {
 # What a rate is where nobody measured it: a copy in memory, and a disk.
 ASSUMED_BYTES_PER_SECOND = {"host_to_device": 4e9, "nvme_to_host": 0.5e9}
 OVERHEAD_QUANTILE = 0.1
+PACES = tuple(1.12**step for step in range(-7, 8))  # 0.45 to 2.2
 
 
 class Calibration(NamedTuple):
@@ -63,7 +70,28 @@ class Calibration(NamedTuple):
 
     speeds: Speeds
     origin: dict[str, str]
-    overhead_seconds: float
+    waits: Sequence[tuple[float, int]]  # TTFT, and how many tokens were computed for it
+    pace: float = 1.0
+
+    def at_pace(self, pace: float) -> Calibration:
+        """The same machine, whose prefill is `pace` times as fast as it said. Decode steps are
+        from the samples, and are what they are."""
+        speeds = dataclasses.replace(
+            self.speeds,
+            step_seconds=self.speeds.step_seconds / pace,
+            prefill_token_seconds=self.speeds.prefill_token_seconds / pace,
+        )
+        return self._replace(speeds=speeds, pace=pace)
+
+    @property
+    def overhead_seconds(self) -> float:
+        """What of TTFT the prefill does not explain, where nothing else was in the way."""
+        speeds = self.speeds
+        left = [
+            wait - speeds.step_seconds - speeds.prefill_token_seconds * tokens
+            for wait, tokens in self.waits
+        ]
+        return max(0.0, float(np.quantile(left, OVERHEAD_QUANTILE))) if left else 0.0
 
 
 def users_of(records: Sequence[RequestRecord], overhead_seconds: float = 0.0) -> list[RecordedUser]:
@@ -169,17 +197,12 @@ def calibrate(
         link_latency_seconds=load.latency_seconds,
         disk_latency_seconds=read.latency_seconds,
     )
-    return Calibration(speeds, origin, overhead_of(records, prefill))
-
-
-def overhead_of(records: Sequence[RequestRecord], prefill: Rate) -> float:
-    """What of TTFT the worker's own prefill does not explain, where nothing else was in the way."""
-    left = [
-        record.ttft_seconds - prefill.seconds(record.prompt_tokens - record.cached.total())
+    waits = [
+        (record.ttft_seconds, record.prompt_tokens - record.cached.total())
         for record in records
         if record.error is None and record.ttft_seconds
     ]
-    return max(0.0, float(np.quantile(left, OVERHEAD_QUANTILE))) if left else 0.0
+    return Calibration(speeds, origin, waits)
 
 
 def token_bytes_of(scenario: Scenario, ends: Sequence[End]) -> int:
@@ -196,7 +219,8 @@ def simulate(
     scenario: Scenario, arm: Arm, records: Sequence[RequestRecord], calibration: Calibration
 ) -> dict[str, float]:
     """The figures of one run, simulated."""
-    users = users_of(records, calibration.overhead_seconds)
+    overhead = calibration.overhead_seconds
+    users = users_of(records, overhead)
     name = arm.router.partition(":")[2] or "session_sticky"
     if name not in POLICIES:
         raise ValueError(f"arm {arm.name!r}: the simulator has no policy {name!r}")
@@ -227,8 +251,7 @@ def simulate(
     prompt = sum(item.prompt_tokens for item in requests)
     span = max(item.ended_seconds for item in requests) - min(r.sent_seconds for r in requests)
     return {
-        "ttft_seconds": calibration.overhead_seconds
-        + float(np.mean([item.ttft_seconds for item in counted])),
+        "ttft_seconds": overhead + float(np.mean([item.ttft_seconds for item in counted])),
         "requests_per_second": len(requests) / span,
         "device": sum(item.device_tokens for item in requests) / prompt,
         "host": sum(item.host_tokens for item in requests) / prompt,
@@ -260,7 +283,7 @@ def is_within(name: str, real: float, simulated: float) -> bool:
     return abs(simulated / real - 1) <= GOAL
 
 
-def validate(directory: Path) -> dict[str, Any]:
+def validate(directory: Path, paces: Sequence[float] = PACES) -> dict[str, Any]:
     """Every complete run of a scenario's directory beside its simulation.
 
     Raises:
@@ -273,8 +296,10 @@ def validate(directory: Path) -> dict[str, Any]:
         raise ValueError(f"{directory}: no complete run")
     token_bytes = token_bytes_of(scenario, [end for _, _, end in runs])
     counters = [body for _, _, end in runs for body in end.counters]
+    pace = None
     results: dict[str, Any] = {}
-    for name, arm in arms.items():
+    # The baseline first: it sets the pace.
+    for name, arm in sorted(arms.items(), key=lambda item: item[0] != scenario.baseline):
         mine = [(records, end) for header, records, end in runs if header.arm == name]
         if not mine:
             continue
@@ -286,9 +311,14 @@ def validate(directory: Path) -> dict[str, Any]:
         ]
         calibration = calibrate(scenario, alike, counters, token_bytes)
         real = [measured(scenario, records, end) for records, end in mine]
+        if pace is None:
+            samples = [records for records, _ in mine]
+            pace = nearest_pace(scenario, arm, samples, real, calibration, paces)
+        calibration = calibration.at_pace(pace)
         simulated = [simulate(scenario, arm, records, calibration) for records, _ in mine]
         results[name] = {
             "workers": arm.workers,
+            "sets_pace": not results,
             "speeds": describe(calibration),
             "figures": {
                 key: compared(key, [r[key] for r in real], [s[key] for s in simulated])
@@ -305,6 +335,28 @@ def validate(directory: Path) -> dict[str, Any]:
     }
 
 
+def nearest_pace(
+    scenario: Scenario,
+    arm: Arm,
+    runs: Sequence[Sequence[RequestRecord]],
+    real: Sequence[dict[str, float]],
+    calibration: Calibration,
+    paces: Sequence[float],
+) -> float:
+    """Of the paces the one whose simulated TTFT and rate are nearest to the real ones, by ratio."""
+
+    def distance(pace: float) -> float:
+        paced = calibration.at_pace(pace)
+        made = [simulate(scenario, arm, records, paced) for records in runs]
+        return sum(
+            abs(math.log(ours[name] / theirs[name]))
+            for ours, theirs in zip(made, real, strict=True)
+            for name in ("ttft_seconds", "requests_per_second")
+        )
+
+    return min(paces, key=distance)
+
+
 def describe(calibration: Calibration) -> dict[str, Any]:
     """The profile in the units in which it was measured."""
     speeds = calibration.speeds
@@ -316,6 +368,7 @@ def describe(calibration: Calibration) -> dict[str, Any]:
         "host_to_device_bytes_per_second": speeds.link_bytes_per_second,
         "nvme_to_host_bytes_per_second": speeds.nvme_read_bytes_per_second,
         "overhead_seconds": calibration.overhead_seconds,
+        "pace": calibration.pace,
         "profile": dataclasses.asdict(speeds),
     }
 
@@ -351,14 +404,17 @@ def compared(name: str, real: Sequence[float], simulated: Sequence[float]) -> di
 
 
 def table(result: dict[str, Any]) -> str:
-    """Markdown."""
+    """Markdown; the baseline, which set the pace, is marked."""
     lines = [
         "| arm | figure | real (low to high) | simulated | within 15 % |",
         "|---|---|---|---|---|",
     ]
     for arm, item in result["arms"].items():
+        pace = f", pace {item['speeds']['pace']:.2f} taken from it"
         if item["workers"] > 1:
             arm = f"{arm} ({item['workers']} workers)"
+        if item["sets_pace"]:
+            arm += pace
         for name, row in item["figures"].items():
             spread = f"{row['real']:.3f} ({row['real_low']:.3f} to {row['real_high']:.3f})"
             word = "yes" if row["within"] else "no"

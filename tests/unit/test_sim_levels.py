@@ -184,6 +184,22 @@ def test_a_disk_hit_waits_for_the_disk_and_the_gate_prefers_to_compute() -> None
         assert ended[1].ttft_seconds == pytest.approx(seconds, rel=0.02)
 
 
+def test_a_read_that_takes_too_long_is_cut_and_the_rest_computed() -> None:
+    loop, worker, ended = make_worker()
+    loop.at(0.0, worker.submit, ask(1, 7, 200, 11, 0.0))
+    loop.run()
+    worker.device.evict(1000)
+    worker.host.evict(4000)
+    wait = 1.0 + 210 * 0.25 / 1024
+    loop.at(5.0, worker.disk.reserve, 1000)
+    loop.at(5.0, worker.submit, ask(2, 7, 300, 2, 5.0))
+    loop.run()
+    # 51 ms are left for its own read: 51 tokens, 50 in whole pages.
+    assert (ended[1].nvme_tokens, ended[1].computed_tokens) == (50, 250)
+    assert ended[1].ttft_seconds == pytest.approx(wait + 0.25 + 0.0005)
+    assert (worker.stats.nvme_fetches, worker.stats.fetches_cut) == (1, 1)
+
+
 def test_an_arrival_interrupts_decoding_at_the_end_of_a_step() -> None:
     loop, worker, ended = make_worker()
     loop.at(0.0, worker.submit, ask(1, 1, 100, 101, 0.0))

@@ -18,8 +18,8 @@ from benchmark.reproduce_recorded import RecordedTurn, RecordedUser
 from benchmark.reproduce_runs import FIGURES, read_rows, runs_of
 from benchmark.reproduce_summary import PATHS, SPEED_RUNS, claims_table, summarize, users_at
 from benchmark.reproduce_validate import (
+    Calibration,
     is_within,
-    overhead_of,
     prefill_rate,
     speeds_toml,
     table,
@@ -28,7 +28,7 @@ from benchmark.reproduce_validate import (
 )
 from benchmark.runner import End, Header
 from benchmark.scenario import Advice, Arm, Model, Scenario, WorkerSizes, Workload
-from symphony_sglang.core.gate import GateSnapshot, Rate
+from symphony_sglang.core.gate import GateSnapshot
 from symphony_sglang.sim.cluster import AdviceMix, Cluster, RunRules
 from symphony_sglang.sim.hardware import Speeds
 from symphony_sglang.sim.users import UserRules
@@ -268,27 +268,33 @@ def write_scenario(directory: Path) -> None:
 
 
 def test_two_workers_are_validated_with_the_speeds_that_they_measured(tmp_path: Path) -> None:
-    """Held against runs whose workers are simulated themselves, everything must agree; held
-    against workers that were twice as slow as they say, times must not."""
+    """Runs whose workers are simulated themselves agree; a machine that is twice as slow as its
+    workers say does too, at half the pace; an arm that is twice as slow as the baseline does not.
+    """
     write_scenario(tmp_path)
     rates = rates_json(WORKER.gate())
     counters = {"levels": {"device": {"token_bytes": 2048}}, "rates": rates}
-    common = {"workers": 2, "users": UserRules(users=10), "seconds": 900.0, "page_size": 16}
+    common: dict[str, Any] = {"workers": 2, "users": UserRules(users=10), "seconds": 200.0,
+                              "page_size": 16}  # fmt: skip
     slow = dataclasses.replace(
         WORKER, prefill_token_seconds=2 / 4000, step_seconds=0.04, decode_base_seconds=0.03
     )
-    for speeds, agree in ((WORKER, True), (slow, False)):
-        stock = RunRules(name="stock", speeds=speeds, features=Features(), policy="round_robin",
-                         **common)  # type: ignore[arg-type]  # fmt: skip
-        ours = RunRules(name="advised", speeds=speeds, policy="symphony", migrate=True,
+    for stock_speeds, our_speeds, pace, agreeing in (
+        (WORKER, WORKER, 1.0, 2), (slow, slow, 0.5, 2), (WORKER, slow, 1.0, 1),
+    ):  # fmt: skip
+        stock = RunRules(name="stock", speeds=stock_speeds, features=Features(),
+                         policy="round_robin", **common)  # fmt: skip
+        ours = RunRules(name="advised", speeds=our_speeds, policy="symphony", migrate=True,
                         features=Features(gate=True, protect_queued=True), advice=AdviceMix(),
-                        plan_moves=True, **common)  # type: ignore[arg-type]  # fmt: skip
+                        plan_moves=True, **common)  # fmt: skip
         write_run(tmp_path, "stock", stock, {})
         write_run(tmp_path, "advised", ours, counters)
-        result = validate(tmp_path)
+        result = validate(tmp_path, (0.5, 1.0, 2.0))
         within = result["within"]
-        assert within["ttft_seconds"] == ([2, 2] if agree else [0, 2]), result["arms"]
-        assert all(count == [2, 2] for count in within.values()) is agree
+        assert result["arms"]["stock"]["speeds"]["pace"] == pace
+        assert within["ttft_seconds"] == [agreeing, 2], result["arms"]
+        if stock_speeds is our_speeds:
+            assert all(count == [2, 2] for count in within.values()), result["arms"]
     speeds = result["arms"]["stock"]["speeds"]
     assert speeds["from"]["prefill"] == "workers", "stock workers get the speeds of ours"
     assert speeds["prefill_tokens_per_second"] == pytest.approx(4000)
@@ -298,9 +304,10 @@ def test_two_workers_are_validated_with_the_speeds_that_they_measured(tmp_path: 
 
 
 def test_what_the_prefill_does_not_explain_is_overhead() -> None:
-    rate = Rate(1000.0, 0.05)
-    records = [record("a", n, 0.0, 0.05 + 0.1 + extra, 1000, 900)
-               for n, extra in enumerate([0.02, 0.02, 0.3, 1.0])]  # fmt: skip
-    assert overhead_of(records, rate) == pytest.approx(0.02)
-    assert overhead_of([record("a", 0, 0.0, 0.01, 1000)], rate) == 0.0
-    assert overhead_of([], rate) == 0.0
+    speeds = dataclasses.replace(WORKER, step_seconds=0.05, prefill_token_seconds=0.001)
+    waits = [(0.05 + 0.1 + extra, 100) for extra in (0.02, 0.02, 0.3, 1.0)]
+    calibration = Calibration(speeds, {}, waits)
+    assert calibration.overhead_seconds == pytest.approx(0.02)
+    # A machine twice as slow as it said explains more of it.
+    assert calibration.at_pace(0.5).overhead_seconds == 0.0
+    assert Calibration(speeds, {}, []).overhead_seconds == 0.0
