@@ -150,3 +150,21 @@ def test_the_share_of_the_loop_counts_only_loops_with_advisories(clock: FakeCloc
     with meter.measure(Work.MESSAGE, count=4):
         clock.now += 0.004
     assert meter.as_json()["message"]["p99_seconds"] == pytest.approx(0.001, rel=0.2)
+
+
+def test_copies_inside_a_step_are_counted_apart(clock: FakeClock) -> None:
+    """On a processor a copy to the device takes its time in the step that starts it."""
+    meter = CostMeter(clock)
+    meter.looped(True)
+    with meter.measure(Work.STEP):
+        clock.now += 0.001
+        with meter.measure(Work.COPY):
+            clock.now += 0.050
+        clock.now += 0.001
+    with meter.measure(Work.STEP):
+        clock.now += 0.002
+    meter.looped(True)
+    told = meter.as_json()
+    assert told["step"]["total_seconds"] == pytest.approx(0.004)
+    assert told["copy"]["total_seconds"] == pytest.approx(0.050)
+    assert told["step_share"] == pytest.approx(0.004 / 0.054)

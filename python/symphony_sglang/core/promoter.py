@@ -153,26 +153,10 @@ class Promoter:
         (each ends with one `finished`, whatever became of it). The other lists are done already.
         """
         now_seconds = inputs.now_seconds
-        if not len(self.book) and not len(self.device) and not len(self.host):
-            return EMPTY_PLAN
-        self.book.tick(now_seconds)
-        self._expire_requests(now_seconds)
-        self._settle_ends(now_seconds)
-        if not len(self.book):
+        if self.rests(now_seconds, inputs.demand.kinds, inputs.gate):
             return EMPTY_PLAN
         flight = Flight(self.book.flying(Hop.NVME_TO_HOST), self.book.flying(Hop.HOST_TO_DEVICE))
-        views = self.book.views()
-        # Views are the same objects until their advisory changes, so comparing them is cheap.
-        asked = (
-            views,
-            self.device.version,
-            self.host.version,
-            inputs.demand.kinds,
-            flight,
-            inputs.gate,
-        )
-        if now_seconds < self._idle_until_seconds and asked == self._idle_inputs:
-            return EMPTY_PLAN
+        views, versions = self.book.views(), (self.device.version, self.host.version)
         plan = plan_step(
             views,
             device=budget_of(self.device, inputs.device_room_tokens),
@@ -185,12 +169,41 @@ class Promoter:
         )
         self._record(plan, now_seconds)
         self._settle_ends(now_seconds)
+        # What was planned from, not what recording the plan made of it.
+        asked = (views, *versions, inputs.demand.kinds, flight, inputs.gate)
         self._idle_inputs = asked if plan.idle else ()
         self._idle_until_seconds = min(
             (v.not_before_seconds for v in views if v.not_before_seconds > now_seconds),
             default=float("inf"),
         )
         return plan
+
+    def rests(self, now_seconds: float, demand_kinds: object, gate: GateSnapshot) -> bool:
+        """Let what is due expire; whether a step would then plan nothing, as the one before it.
+
+        Most steps of a worker with live advisories are such: all of them are ready and wait. Ask it
+        before gathering what else a step needs.
+        """
+        if not len(self.book) and not len(self.device) and not len(self.host):
+            return True
+        self.book.tick(now_seconds)
+        self._expire_requests(now_seconds)
+        self._settle_ends(now_seconds)
+        if not len(self.book):
+            return True
+        if now_seconds >= self._idle_until_seconds or not self._idle_inputs:
+            return False
+        flight = Flight(self.book.flying(Hop.NVME_TO_HOST), self.book.flying(Hop.HOST_TO_DEVICE))
+        # Views are the same objects until their advisory changes, so comparing them is cheap.
+        asked = (
+            self.book.views(),
+            self.device.version,
+            self.host.version,
+            demand_kinds,
+            flight,
+            gate,
+        )
+        return asked == self._idle_inputs
 
     def _record(self, plan: Plan, now_seconds: float) -> None:
         for clip in plan.clips:

@@ -326,7 +326,13 @@ class AdvisoryDriver:
         self._note_ended_moves()
         self._release_admitted()
         self._yield_to_admission()
-        plan = self.promoter.step(self._inputs())
+        demand = self._demand()
+        moving = self.mover.stages_in_flight or self.mover.loads_in_flight
+        if self.promoter.rests(self.now_seconds, demand.kinds, self.rates.agreed):
+            self.settled = not moving
+            self._apply_locks()
+            return
+        plan = self.promoter.step(self._inputs(demand))
         moving = self.mover.stages_in_flight or self.mover.loads_in_flight
         begun = plan.probes or plan.clips or plan.drops or plan.stages or plan.loads
         self.settled = not (begun or moving)
@@ -380,7 +386,15 @@ class AdvisoryDriver:
         self.promoter.give_way(Level.DEVICE, tokens, self.now_seconds)
         self._apply_locks()
 
-    def _inputs(self) -> StepInputs:
+    def _demand(self) -> Demand:
+        """What real requests have under way, or will have."""
+        return Demand(
+            requests_waiting=len(self.scheduler.waiting_queue),
+            loads_pending=len(self.cache.cache_controller.load_queue) + self._foreign_loads(),
+            stages_pending=self._foreign_stages(),
+        )
+
+    def _inputs(self, demand: Demand) -> StepInputs:
         cache, controller = self.cache, self.cache.cache_controller
         free = cache.token_to_kv_pool_allocator.available_size() + cache.full_evictable_size()
         return StepInputs(
@@ -388,11 +402,7 @@ class AdvisoryDriver:
             device_room_tokens=int(free) - self._headroom_tokens(),
             host_room_tokens=int(controller.mem_pool_host.logical_size)
             - self.promoter.host.resident_tokens,
-            demand=Demand(
-                requests_waiting=len(self.scheduler.waiting_queue),
-                loads_pending=len(controller.load_queue) + self._foreign_loads(),
-                stages_pending=self._foreign_stages(),
-            ),
+            demand=demand,
             gate=self.rates.agreed,
         )
 
@@ -434,7 +444,8 @@ class AdvisoryDriver:
             else:
                 self._finished(move.advisory_id, move.hop, MoveResult.DECLINED, 0)
         if started:
-            self.mover.start_queued()
+            with self.cost.measure(Work.COPY):
+                self.mover.start_queued()
 
     # Locks --------------------------------------------------------------------------------------
 

@@ -22,7 +22,10 @@ class Work(StrEnum):
     """What the scheduler thread does for advisories."""
 
     MESSAGE = "message"  # one hint or question
-    STEP = "step"  # the step, while anything is live
+    STEP = "step"  # the step, while anything is live; without the copies that it starts
+    # Starting the copies to the device. A GPU makes them beside the scheduler; where the device is
+    # the processor they are made here, and it is their bytes that take the time.
+    COPY = "copy"
     REQUEST = "request"  # one arriving request: holding its prefix, ending its advisories
 
 
@@ -72,15 +75,19 @@ class CostMeter:
         self.times = {work: TimeBuckets() for work in Work}
         self.loop_seconds = 0.0
         self._stepped_seconds: float | None = None
+        self._within_seconds = 0.0  # measured inside what is being measured
 
     @contextmanager
     def measure(self, work: Work, count: int = 1) -> Iterator[None]:
-        """Time `count` equal pieces of work."""
-        started = self._clock.monotonic()
+        """Time `count` equal pieces of work, less what is measured inside of it by itself."""
+        started, outer = self._clock.monotonic(), self._within_seconds
+        self._within_seconds = 0.0
         try:
             yield
         finally:
-            seconds = self._clock.monotonic() - started
+            whole = self._clock.monotonic() - started
+            seconds = max(0.0, whole - self._within_seconds)
+            self._within_seconds = outer + whole
             for _ in range(count):
                 self.times[work].add(seconds / count)
 
