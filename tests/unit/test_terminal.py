@@ -243,6 +243,15 @@ def test_top_shows_levels_sessions_outcomes_and_moves() -> None:
     ]
 
 
+def test_top_calls_workers_by_their_addresses() -> None:
+    workers = [{**WORKER, "worker": f"id-{n}", "url": f"http://w{n}:80"} for n in (1, 2)]
+    move = {**MOVE, "from": "id-1", "to": "id-gone"}
+    live, plain = both_views({"workers": workers, "moves": [move]})
+    assert "id-1" not in live + plain
+    assert plain.splitlines()[0] == "w1:80 device used 50 of 100 tokens, protected 10"
+    assert plain.splitlines()[-1] == "move s w1:80 -> id-gone done 5 tokens"
+
+
 def test_top_of_a_single_worker_needs_no_name() -> None:
     live, plain = both_views({"levels": {}, "counters": {"advisories": None}})
     assert "h:1" in live

@@ -82,9 +82,10 @@ def screen(residency: Residency, url: str) -> RenderableType:
         levels.add_column("NVMe" if level == "nvme" else level, no_wrap=True)
     for name in ("protected", "sessions", "live"):
         levels.add_column(name, justify="right", no_wrap=True)
+    names = names_of(residency.workers, url)
     for worker in residency.workers:
         levels.add_row(
-            name_of(worker, url),
+            label_of(worker, names),
             *(level_cell(worker.levels.get(level)) for level in LEVELS),
             amount(protected_tokens(worker)),
             amount(worker.advisories.get("sessions", 0)),
@@ -97,11 +98,11 @@ def screen(residency: Residency, url: str) -> RenderableType:
     outcomes.add_row(*(amount(counts.get(name, 0)) for name in OUTCOMES))
     parts: list[RenderableType] = [levels, outcomes]
     if residency.moves:
-        parts.append(moves_table(residency.moves))
+        parts.append(moves_table(residency.moves, names))
     return Group(*parts)
 
 
-def moves_table(moves: list[Move]) -> RenderableType:
+def moves_table(moves: list[Move], names: dict[str, str]) -> RenderableType:
     from rich import box
     from rich.table import Table
 
@@ -110,13 +111,24 @@ def moves_table(moves: list[Move]) -> RenderableType:
         table.add_column(name, overflow="fold")
     table.add_column("tokens", justify="right")
     for move in reversed(moves[-MOVES_SHOWN:]):
-        row = (move.session_id or "", move.source, move.destination, move.state)
-        table.add_row(*row, amount(move.tokens))
+        way = [names.get(name, name) for name in (move.source, move.destination)]
+        table.add_row(move.session_id or "", *way, move.state, amount(move.tokens))
     return table
 
 
-def name_of(worker: WorkerResidency, url: str) -> str:
-    name = worker.worker or (worker.url or url).removeprefix("http://").removeprefix("https://")
+def names_of(workers: list[WorkerResidency], url: str) -> dict[str, str]:
+    """What each worker is called, by its id: its address, where that is its own."""
+    urls = [worker.url or url for worker in workers]
+    return {
+        worker.worker: worker.worker
+        if worker.worker and urls.count(its_url) > 1
+        else its_url.removeprefix("http://").removeprefix("https://")
+        for worker, its_url in zip(workers, urls, strict=True)
+    }
+
+
+def label_of(worker: WorkerResidency, names: dict[str, str]) -> str:
+    name = names[worker.worker]
     return f"{name} ({worker.state})" if worker.state else name
 
 
@@ -143,8 +155,9 @@ def outcome_counts(workers: Iterable[WorkerResidency]) -> dict[str, int]:
 def plain_lines(residency: Residency) -> list[str]:
     """One line a level and one for the advisories, for logs and scripts."""
     lines = []
+    names = names_of(residency.workers, "")
     for worker in residency.workers:
-        name = name_of(worker, worker.url)
+        name = label_of(worker, names)
         for level in LEVELS:
             found = worker.levels.get(level)
             if found is None:
@@ -161,7 +174,7 @@ def plain_lines(residency: Residency) -> list[str]:
     counts = outcome_counts(residency.workers)
     lines.append("advisories " + " ".join(f"{name} {counts.get(name, 0)}" for name in OUTCOMES))
     return lines + [
-        f"move {move.session_id} {move.source} -> {move.destination} {move.state} "
-        f"{move.tokens} tokens"
+        f"move {move.session_id} {names.get(move.source, move.source)} -> "
+        f"{names.get(move.destination, move.destination)} {move.state} {move.tokens} tokens"
         for move in residency.moves[-MOVES_SHOWN:]
     ]
