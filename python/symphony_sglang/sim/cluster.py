@@ -10,7 +10,7 @@ from symphony_sglang.core.levels import Hop, Level, page_floor
 from symphony_sglang.core.migration_policy import PlannedMove
 from symphony_sglang.sim.hardware import Speeds
 from symphony_sglang.sim.loop import EventLoop
-from symphony_sglang.sim.moves import PULL_WAIT_SECONDS_MAX, SessionMoves, Transfers
+from symphony_sglang.sim.moves import PULL_WAIT_SECONDS_MAX, Copy, SessionMoves, Transfers
 from symphony_sglang.sim.placement import Placement
 from symphony_sglang.sim.promotion import Promotions
 from symphony_sglang.sim.users import Asker, Turn, User, UserRules
@@ -223,18 +223,18 @@ class Cluster:
         if pull is not None and self.rules.migrate and early is None:
             self.counts.pulls += 1
             source = self.workers[pull.source_worker_id]
-            done = self.transfers.copy(source, worker, turn.session)
+            copy = self.transfers.copy(source, worker, turn.session)
             wait = min(pull.pull_seconds + pull.saved_seconds, PULL_WAIT_SECONDS_MAX)
-            if done - self.loop.now_seconds <= wait:
-                self.loop.at(done, self._arrive_copied, request, worker, source)
+            if copy.done_seconds - self.loop.now_seconds <= wait:
+                self.loop.at(copy.done_seconds, self._arrive_copied, request, worker, copy)
             else:
                 # What comes after that is of no use: the request computes.
                 self.loop.after(wait, worker.submit, request)
         else:
             worker.submit(request)
 
-    def _arrive_copied(self, request: SimRequest, worker: SimWorker, source: SimWorker) -> None:
-        request.peer_tokens = self.transfers.land(source, worker, request.session)
+    def _arrive_copied(self, request: SimRequest, worker: SimWorker, copy: Copy) -> None:
+        request.peer_tokens = self.transfers.land(copy, worker, request.session)
         worker.submit(request)
 
     def _ended(self, request: SimRequest) -> None:
@@ -319,14 +319,12 @@ class Cluster:
     ) -> None:
         """The paper's way: the choice made at the advisory is carried out, whatever it costs."""
         self.counts.moves += 1
-        done = self.transfers.copy(source, target, session)
-        self.placement.promised(session, target.name, tokens, done)
-        self.loop.at(done, self._moved_at_once, source, target, session, tokens)
+        copy = self.transfers.copy(source, target, session)
+        self.placement.promised(session, target.name, tokens, copy.done_seconds)
+        self.loop.at(copy.done_seconds, self._moved_at_once, copy, target, session, tokens)
 
-    def _moved_at_once(
-        self, source: SimWorker, target: SimWorker, session: int, tokens: int
-    ) -> None:
-        self.transfers.land(source, target, session)
+    def _moved_at_once(self, copy: Copy, target: SimWorker, session: int, tokens: int) -> None:
+        self.transfers.land(copy, target, session)
         if self.placement.is_promised(session, target.name):
             self._promote(target, session, tokens)
 

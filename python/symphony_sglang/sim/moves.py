@@ -13,6 +13,7 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from symphony_sglang.core.migration_policy import (
     AdvisedMove,
@@ -39,6 +40,14 @@ ROUND_SECONDS = 1.0
 PULL_WAIT_SECONDS_MAX = 10.0
 
 
+class Copy(NamedTuple):
+    """Tokens `start_tokens:stop_tokens` of a session, at the target from `done_seconds` on."""
+
+    done_seconds: float
+    start_tokens: int
+    stop_tokens: int
+
+
 class Transfers:
     """Copies of a session's pages from one worker to another."""
 
@@ -49,7 +58,7 @@ class Transfers:
         self.read_bytes = 0  # of those, that had to be read from the source's NVMe
         self.landed_bytes = 0  # that a target had no copy of when they came
 
-    def copy(self, source: SimWorker, target: SimWorker, session: int) -> float:
+    def copy(self, source: SimWorker, target: SimWorker, session: int) -> Copy:
         """Queue the copy on both ends' networks; from NVMe it is read first."""
         held = max(source.host.tokens(session), source.nvme.tokens(session))
         have = max(target.host.tokens(session), target.nvme.tokens(session))
@@ -66,16 +75,20 @@ class Transfers:
         for worker in (source, target):
             worker.transfers_until_seconds = max(worker.transfers_until_seconds, done)
         self._placement.transferring(source.name, target.name)
-        return done
+        return Copy(done, min(have, held), held)
 
-    def land(self, source: SimWorker, target: SimWorker, session: int) -> int:
-        """The copied pages are in the target's host memory, and on its disk; gives how many."""
-        held = max(source.host.tokens(session), source.nvme.tokens(session))
-        before = max(target.host.tokens(session), target.nvme.tokens(session))
+    def land(self, copy: Copy, target: SimWorker, session: int) -> int:
+        """The copied pages are on the target's disk, and in its host memory if what precedes them
+        is there; gives how many tokens that added there."""
         on_host = target.host.tokens(session)
-        after = target.host.grow(session, held)
-        target.nvme.grow(session, held)
-        self.landed_bytes += max(0, held - before) * source.speeds.token_bytes
+        before = max(on_host, target.nvme.tokens(session))
+        if before < copy.start_tokens:
+            return 0  # what they follow is gone
+        target.nvme.grow(session, copy.stop_tokens)
+        after = on_host
+        if on_host >= copy.start_tokens:
+            after = target.host.grow(session, copy.stop_tokens)
+        self.landed_bytes += max(0, copy.stop_tokens - before) * target.speeds.token_bytes
         return max(0, after - on_host)
 
 
@@ -261,16 +274,15 @@ class SessionMoves:
     def _copy(self, moving: MovingSession) -> None:
         planned = moving.planned
         source, target = self._workers[planned.source_id], self._workers[planned.target_id]
-        done = self._transfers.copy(source, target, int(planned.session_id))
-        self._loop.at(done + OVERHEAD_SECONDS, self._copied, moving)
+        copy = self._transfers.copy(source, target, int(planned.session_id))
+        self._loop.at(copy.done_seconds + OVERHEAD_SECONDS, self._copied, moving, copy)
 
-    def _copied(self, moving: MovingSession) -> None:
+    def _copied(self, moving: MovingSession, copy: Copy) -> None:
         planned = moving.planned
         session = int(planned.session_id)
         if self._moving.get(session) is not moving:
             return  # the session is over
-        source, target = self._workers[planned.source_id], self._workers[planned.target_id]
-        self._transfers.land(source, target, session)
+        self._transfers.land(copy, self._workers[planned.target_id], session)
         if self._turns[session]:
             moving.held = True
             return

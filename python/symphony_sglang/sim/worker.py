@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 PREFILL_TOKENS_MAX = 8192
 REQUESTS_RUNNING_MAX = 256
+# How long a request waits for its read: `timeout` is SGLang's default prefetch policy.
+FETCH_SECONDS_BASE = 1.0
+FETCH_SECONDS_PER_TOKEN = 0.25 / 1024
 # Share of the answer that admission sets room aside for (SGLang's new-token ratio, initially).
 ANSWER_ROOM_SHARE = 0.7
 
@@ -101,6 +104,7 @@ class WorkerStats:
     busy_seconds: float = 0.0
     exposed_seconds: float = 0.0  # prefill waited for loads this long
     nvme_fetches: int = 0
+    fetches_cut: int = 0  # of those, by the time-out
     gate_refusals: int = 0
 
 
@@ -174,14 +178,26 @@ class SimWorker:
         stored = min(self.nvme.tokens(request.session), usable)
         missing = stored - max(device, host)
         if missing > 0 and self._worth(Level.NVME, missing):
-            self.stats.nvme_fetches += 1
-            request.fetched_tokens = missing
-            self.fetching[request.number] = request
-            done = self.disk.reserve(missing * self.speeds.token_bytes)
-            self.loop.at(done, self._fetched, request, stored)
+            self._fetch(request, max(device, host), missing)
         else:
             self.waiting.append(request)
         self._interrupt()
+
+    def _fetch(self, request: SimRequest, above: int, missing: int) -> None:
+        """Read what is on NVMe only, or as much of it as comes before SGLang's time-out."""
+        self.stats.nvme_fetches += 1
+        self.fetching[request.number] = request
+        now, size = self.loop.now_seconds, self.speeds.token_bytes
+        deadline = now + FETCH_SECONDS_BASE + FETCH_SECONDS_PER_TOKEN * missing
+        start = max(now, self.disk.busy_until_seconds) + self.disk.latency_seconds
+        in_time = int(max(0.0, deadline - start) * self.disk.bytes_per_second / size)
+        tokens = min(missing, page_floor(in_time, self.page_size))
+        done = self.disk.reserve(tokens * size) if tokens else deadline
+        if tokens < missing:
+            self.stats.fetches_cut += 1
+            done = deadline
+        request.fetched_tokens = tokens
+        self.loop.at(max(done, now), self._fetched, request, above + tokens)
 
     def remember(self, session: int, tokens: int, turns: int) -> None:
         """It served so many turns of this session before the simulation began."""
