@@ -19,10 +19,10 @@ SCENARIO_DIRECTORY = Path(__file__).parent / "scenarios"
 class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Shape of the generated Llama (``symphony tiny-model``).
 
-    What matters is how long a token's KV takes to read beside how long it takes to compute. Per
-    token a Llama-3.1-8B on an A100 computes some 110 us and reads 26 us from a disk of 5 GB/s: 0.25.
-    A small `hidden` with many layers comes near that on a processor; 12 layers of 768 with 4 KV
-    heads compute twenty times too long.
+    What matters is how long a token's KV takes to read beside how long it takes to compute. A
+    Llama-3.1-8B on an A100 computes a token in some 110 us and reads it in 26 us from a disk of
+    5 GB/s: 0.25. Few layers with many KV heads come nearest on a processor; the product's 12 layers
+    of 768 with 4 KV heads compute twenty times too long.
     """
 
     layers: int = 12
