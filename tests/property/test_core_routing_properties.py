@@ -232,6 +232,7 @@ def test_what_is_kept_of_the_workers_is_what_their_views_say(
         workers[number] = WorkerView(workers[number].worker_id, **made)
         kept.update(workers)
         kept.check()
+        kept.cost(number)  # kept until the next change
         asked = ask(50)
         assert kept.all_fit(asked) == all(v.state is WorkerState.READY for v in workers)
     for number in gone:

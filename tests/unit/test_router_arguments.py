@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from symphony_sglang.cli import main
 from symphony_sglang.cluster import plan_cluster
 from symphony_sglang.core.routing_policies import POLICIES as CORE_POLICIES
 from symphony_sglang.errors import ConfigError, UnsupportedError
@@ -122,6 +123,11 @@ def test_cluster_splits_flags_between_router_and_workers(tmp_path: Path) -> None
         plan_cluster(["--model-path", "m", "--router-service-discovery"])
     with pytest.raises(ConfigError):
         plan_cluster(["--model-path", "m", "--workers", "0"])
+
+
+def test_the_command_line_reaches_the_router(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["router", "--policy", "best"]) == 2
+    assert "best" in capsys.readouterr().err
 
 
 def test_reference_page_is_up_to_date() -> None:

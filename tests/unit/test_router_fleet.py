@@ -12,6 +12,7 @@ import zmq
 from aiohttp import web
 
 from router_world import FakeWorker, World, world
+from symphony_sglang.core.gate import Rate
 from symphony_sglang.core.levels import Level
 from symphony_sglang.core.location import LocationIndex
 from symphony_sglang.core.page_hash import event_hashes
@@ -266,6 +267,24 @@ def test_pages_of_a_feed_decide_the_place() -> None:
             for _ in range(3):
                 status, answer = await made.generate({"input_ids": [*ids, 5]})
                 assert (status, answer["worker"]) == (200, "w2")
+
+    run(scenario)
+
+
+def test_a_view_is_made_anew_only_where_something_changed() -> None:
+    async def scenario() -> None:
+        async with world(3, policy="symphony") as made:
+            placement, domain = made.service.placement, domain_of(made, "w1")
+            before = {view.worker_id: view for view in placement.views()}
+            placement.tick()
+            assert all(view is before[view.worker_id] for view in placement.views())
+            placement.learn_peer_rate(domain, Rate(5000.0))
+            after = {view.worker_id: view for view in placement.views()}
+            assert [name for name, view in after.items() if view is not before[name]] == [domain]
+            assert after[domain].rates.peer_to_host == Rate(5000.0)
+            made.service.registry.update(made.service.registry.get(domain), draining=True)
+            states = {view.worker_id: view.state.value for view in placement.views()}
+            assert states == {**dict.fromkeys(before, "ready"), domain: "draining"}
 
     run(scenario)
 

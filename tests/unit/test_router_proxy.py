@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+from threading import Event
+from typing import Any
 
 import aiohttp
 import pytest
 from aiohttp import web
 
 from router_world import FakeWorker, stream, world
+from symphony_sglang.router import placement
 
 
 def run(scenario):  # type: ignore[no-untyped-def]
@@ -303,6 +306,35 @@ def test_time_limit_ends_an_answer_that_does_not_come() -> None:
             status, answer = await made.generate()
             assert (status, answer["error"]["code"]) == (504, "request_timeout")
             await made.until(lambda: made.workers[0].running == 0)
+
+    run(scenario)
+
+
+def test_a_prompt_that_takes_long_to_tokenize_holds_up_nobody_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(placement, "TOKENIZE_SECONDS_MAX", 25.0)
+
+    async def scenario() -> None:
+        async with world(1, policy="symphony") as made:
+            tokens, entered, release = made.service.placement.tokens, Event(), Event()
+            hashes = tokens.tokens
+
+            def tokenize(prompt: Any, *arguments: Any) -> Any:
+                if prompt.input_ids == [7] * 40:
+                    entered.set()
+                    assert release.wait(20)
+                return hashes(prompt, *arguments)
+
+            tokens.tokens = tokenize
+            slow = asyncio.ensure_future(made.generate({"input_ids": [7] * 40}))  # noqa: TID251
+            await made.until(entered.is_set)
+            for _ in range(5):
+                assert (await made.generate({"input_ids": [8] * 40}))[0] == 200
+                assert (await made.call("GET", "/health"))[0] == 200
+            assert not slow.done()
+            release.set()
+            assert (await slow)[0] == 200
 
     run(scenario)
 

@@ -158,6 +158,29 @@ def test_worker_that_returns_is_used_within_two_seconds() -> None:
     run(scenario)
 
 
+def test_a_slow_worker_holds_up_what_it_has_and_nothing_else() -> None:
+    async def scenario() -> None:
+        release = asyncio.Event()
+
+        async def behaviour(worker: FakeWorker, _request: web.Request) -> web.StreamResponse:
+            if worker.name == "w0":
+                await release.wait()
+            return web.json_response({"worker": worker.name})
+
+        async with world(2, behaviour=behaviour, policy="symphony") as made:
+            stuck = {"headers": {"X-SMG-Target-Worker": "0"}}
+            held = [asyncio.ensure_future(made.generate(**stuck)) for _ in range(2)]  # noqa: TID251
+            await made.until(lambda: made.workers[0].served() == 2)
+            for number in range(20):
+                body = {"input_ids": list(range(number, number + 200))}
+                assert (await made.generate(body))[1] == {"worker": "w1"}
+            assert not any(request.done() for request in held)
+            release.set()
+            assert [answer for answer, _body in await asyncio.gather(*held)] == [200, 200]
+
+    run(scenario)
+
+
 async def slow(_worker: FakeWorker, _request: web.Request) -> web.StreamResponse:
     await asyncio.sleep(0.3)
     return web.json_response({})

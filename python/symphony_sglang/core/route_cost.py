@@ -62,14 +62,9 @@ class Source(NamedTuple):
     fast_tokens: int
 
 
-class Way(NamedTuple):
-    """One way to have a prompt's KV on a worker's device: seconds by part, tokens by origin."""
-
-    bring: float
-    copy: float
-    compute: float
-    tokens: TokenParts
-    pull: PullOffer | None
+# One way to have a prompt's KV on a worker's device: seconds of loading, of a pull and of
+# computing, tokens by origin, and the pull if there is one.
+Way = tuple[float, float, float, TokenParts, PullOffer | None]
 
 
 class CostModel:
@@ -262,7 +257,7 @@ class CostModel:
                 compute -= spared * per_token
                 device += spared
         tokens = TokenParts(device, host, nvme, 0, total - device - host - nvme)
-        return Way(bring, 0.0, compute, tokens, None)
+        return bring, 0.0, compute, tokens, None
 
     def _pulled_way(
         self,
@@ -287,12 +282,12 @@ class CostModel:
         if to_nvme > to_host:
             load += worker.nvme.seconds(to_nvme - to_host)
         compute = (total - end) / worker.prefill.tokens_per_second
-        saved = own.bring + own.compute - copy - load - compute
+        saved = own[0] + own[2] - copy - load - compute
         if saved <= 0:
             return own
         tokens = TokenParts(on_device, to_host - on_device, to_nvme - to_host, pulled, total - end)
         offer = PullOffer(source.worker_id, end, to_nvme, copy, saved)
-        return Way(load, copy, compute, tokens, offer)
+        return load, copy, compute, tokens, offer
 
     def _copy_seconds(self, worker: WorkerCost, source: Source, start: int, end: int) -> float:
         """Transfer of tokens `start:end`: after what is under way, and no faster than the peer

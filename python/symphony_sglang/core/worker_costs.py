@@ -89,6 +89,7 @@ class WorkerCosts:
         self.queue_seconds = self.slow_seconds = self.token_seconds = NO_COLUMN
         self.free_tokens = self.drain_seconds = NO_COLUMN
         self.page_size = MIXED  # of all workers, where they agree
+        self._costs: list[WorkerCost | None] = []  # None: to be made
         self._decode = self._growth = NO_COLUMN  # a step of infinity: not measured
         self._least_step = math.inf
         self._free_bound = math.inf  # no worker has less
@@ -153,6 +154,7 @@ class WorkerCosts:
         self._models = {view.model_id for view in views}
         self._unready = sum(view.state is not READY for view in views)
         self._places.clear()
+        self._costs = [None] * count
         self._least_step = self._free_bound = math.inf
         self._token_bound = 0.0
         for position, view in enumerate(views):
@@ -173,6 +175,7 @@ class WorkerCosts:
 
     def _enter(self, position: int, view: WorkerView) -> None:
         """Fill in a row of the columns."""
+        self._costs[position] = None
         output, load, speeds = self.settings.output_tokens, view.load, self._speeds_of(view)
         decode, requests = load.decode_step_seconds, load.requests
         # A step was measured with the running batch; an assumed one is that of a batch of one.
@@ -211,6 +214,7 @@ class WorkerCosts:
 
     def _compare_steps(self) -> None:
         """All steps with the least, after that has changed."""
+        self._costs = [None] * len(self.views)
         least = self.least_step
         decode = np.where(self._decode == math.inf, least, self._decode)
         self.slow_seconds = np.maximum(decode * self._growth - least, 0.0)
@@ -264,9 +268,12 @@ class WorkerCosts:
 
     def cost(self, position: int) -> WorkerCost:
         """All of one worker."""
+        known = self._costs[position]
+        if known is not None:
+            return known
         view = self.views[position]
         speeds = self._speeds_of(view)
-        return WorkerCost(
+        cost = self._costs[position] = WorkerCost(
             view,
             speeds.prefill,
             speeds.host,
@@ -278,6 +285,7 @@ class WorkerCosts:
             float(self.free_tokens[position]),
             float(self.drain_seconds[position]),
         )
+        return cost
 
     # Rates -------------------------------------------------------------------------------------
 
@@ -344,6 +352,8 @@ class WorkerCosts:
             column = f"{name}_seconds"
             assert np.array_equal(getattr(self, column), getattr(anew, column)), column
         assert np.array_equal(self.free_tokens, anew.free_tokens)
+        for position, cost in enumerate(self._costs):
+            assert cost is None or cost == anew.cost(position), cost
 
 
 def median_rate(rates: Sequence[Rate | None], default: Rate | None) -> Rate:

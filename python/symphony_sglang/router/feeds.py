@@ -284,7 +284,7 @@ class Feeds:
         )
         if self._placement.rates.get(worker_id) != rates:
             self._placement.rates[worker_id] = rates
-            self._placement.refresh()
+            self._placement.reported(worker_id)
 
 
 def load_view(load: WorkerLoad) -> LoadView:

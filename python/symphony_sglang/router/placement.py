@@ -67,6 +67,7 @@ class Subject:
     rank: int | None = None
     exact: bool = True  # page hashes are those of the workers, not of text
     token_bytes: bytes = b""
+    counted: bool = False  # among the requests that were routed
 
     def exclude(self, domain_ids: Iterable[str]) -> None:
         """They have failed it."""
@@ -332,7 +333,8 @@ class Placement:
             for domain_id in self._stale:
                 view = self._views.get(domain_id)
                 if view is not None:
-                    self._views[domain_id] = replace(view, load=self.ledger.view(domain_id, now))
+                    load, rates = self.ledger.view(domain_id, now), self.rates.get(domain_id)
+                    self._views[domain_id] = replace(view, load=load, rates=rates or view.rates)
             self._stale.clear()
         views = list(self._views.values())
         if rank is None:
@@ -340,22 +342,25 @@ class Placement:
         return [view for view in views if view.dp_rank in (None, rank)]
 
     def _rebuild(self) -> None:
-        now = self._clock.monotonic()
+        """All anew. A view that says nothing new stays the object it was, which costs less."""
+        now, known = self._clock.monotonic(), self._views
         self._views = {}
         for worker in self.registry:
             for view in worker.views(now):
-                rates = self.rates.get(view.worker_id, view.rates)
-                load = self.ledger.view(view.worker_id, now)
-                self._views[view.worker_id] = replace(view, rates=rates, load=load)
+                name = view.worker_id
+                rates = self.rates.get(name, view.rates)
+                fresh = replace(view, rates=rates, load=self.ledger.view(name, now))
+                old = known.get(name)
+                self._views[name] = old if old is not None and old == fresh else fresh
         self._views_generation = self.registry.generation
         self._stale.clear()
 
     def reported(self, domain_id: str) -> None:
-        """The load of a domain changed."""
+        """The load of a domain changed, or its rates."""
         self._stale.add(domain_id)
 
     def refresh(self) -> None:
-        """Build all views anew at the next choice: rates or breakers may have changed."""
+        """Build all views anew at the next choice: breakers may have changed."""
         self._views_generation = -1
 
     # A request's life -------------------------------------------------------------------------
@@ -406,7 +411,7 @@ class Placement:
         self.rates[domain_id] = replace(
             self.rates.get(domain_id) or WorkerRates(), peer_to_host=rate
         )
-        self.refresh()
+        self.reported(domain_id)
 
     def ended(self, placed: Placed) -> None:
         if self.moving is not None:
@@ -427,6 +432,7 @@ class Placement:
         """About once a second."""
         self.policy.tick(self._clock.monotonic())
         self.refresh()
+        self.views()  # now, not when a request waits for it
 
 
 def rank_of(request: Request) -> int | None:

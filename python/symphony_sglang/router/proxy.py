@@ -139,12 +139,11 @@ class Proxy:
         try:
             attempt = await self._try_workers(request, subject, call)
         except NoWorkerError as error:
-            self._metrics.routed(call)
+            self._routed(subject, call)
             self._metrics.request_failed(call, "no_workers")
             raise ApiError(503, "no_available_workers", str(error)) from error
         if attempt.response is None:
             assert attempt.error is not None
-            self._metrics.routed(call)
             self._metrics.request_failed(call, "backend_error")
             timed_out = attempt.error.kind == "timeout"
             raise ApiError(
@@ -156,7 +155,6 @@ class Proxy:
             await self._hand_through(request, fields, call, attempt, attempt.response)
         finally:
             self._count(attempt)
-            self._metrics.routed(call)
             attempt.response.close()
             self._ended(attempt.placed)
 
@@ -229,7 +227,14 @@ class Proxy:
             self._count(attempt)
         return attempt
 
+    def _routed(self, subject: Subject, call: Call) -> None:
+        """Count a request, once for all its tries."""
+        if not subject.counted:
+            subject.counted = True
+            self._metrics.routed(call)
+
     def _sent(self, request: Request, placed: Placed, call: Call) -> None:
+        self._routed(placed.subject, call)
         self._placement.sent(placed, call)
         if self.on_sent is not None:
             self.on_sent(request, placed)
