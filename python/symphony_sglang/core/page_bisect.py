@@ -68,26 +68,38 @@ def bisect_ends(
 def ranges(columns: Columns, hashes: Sequence[int], near: Sequence[int]) -> list[Range]:
     """Ranges with a boundary inside, the leftmost last. The place after the last page has none."""
     count = len(hashes)
-    first = bits_at(columns, hashes[0]) if count else 0
+    row = find_row(columns, hashes[0]) if count else NONE
+    _rows, _mask, cells, closed = columns
+    first = 0 if row == NONE else closed[cells[2 * row + 1]]
     if not first:
         return []
+    shift, last = 2 * row, len(cells) - 2  # as in `bisect_ends`
     points = [(0, first)]
     for guess in near:
         for place in (guess - 1, guess):
-            if points[-1][0] < place < count:
-                points.append((place, bits_at(columns, hashes[place])))
+            if not points[-1][0] < place < count:
+                continue
+            key = hashes[place]
+            cell = 2 * place + shift
+            bits = closed[cells[cell + 1]] if 0 <= cell <= last and cells[cell] == key else 0
+            if not bits:
+                row = find_row(columns, key)
+                if row != NONE:
+                    shift = 2 * (row - place)
+                    bits = closed[cells[2 * row + 1]]
+            points.append((place, bits))
     points.append((count, 0))
     found = [(*low, *high) for low, high in pairwise(points) if low[1] != high[1]]
     found.reverse()
     return found
 
 
-def bits_at(columns: Columns, key: int) -> int:
-    """`closed` bits of a page; 0 where it is unknown."""
-    rows, mask, cells, closed = columns
+def find_row(columns: Columns, key: int) -> int:
+    """The row of a page, or NONE."""
+    rows, mask, cells, _closed = columns
     place = key & mask
     row = rows[place]
     while row != NONE and cells[2 * row] != key:
         place = (place + 1) & mask
         row = rows[place]
-    return 0 if row == NONE else closed[cells[2 * row + 1]]
+    return row

@@ -90,7 +90,8 @@ class WorkerCosts:
         self.free_tokens = self.drain_seconds = NO_COLUMN
         self.page_size = MIXED  # of all workers, where they agree
         self._costs: list[WorkerCost | None] = []  # None: to be made
-        self._decode = self._growth = NO_COLUMN  # a step of infinity: not measured
+        self._decode: list[float] = []  # a step of infinity: not measured
+        self._growth: list[float] = []
         self._least_step = math.inf
         self._free_bound = math.inf  # no worker has less
         self._token_bound = 0.0  # no worker has less; 0: to be found
@@ -148,7 +149,7 @@ class WorkerCosts:
         self.positions = {view.worker_id: position for position, view in enumerate(views)}
         self.queue_seconds, self.slow_seconds, self.token_seconds = np.zeros((3, count))
         self.free_tokens, self.drain_seconds = np.zeros((2, count))
-        self._growth, self._decode = np.ones(count), np.full(count, math.inf)
+        self._growth, self._decode = [1.0] * count, [math.inf] * count
         sizes = {view.page_size for view in views}
         self.page_size = sizes.pop() if len(sizes) == 1 else MIXED
         self._models = {view.model_id for view in views}
@@ -197,18 +198,15 @@ class WorkerCosts:
             self._free_bound = min(self._free_bound, free)
         self.free_tokens[position] = free
         self._growth[position] = growth
-        self._enter_step(position, decode or math.inf)
+        self.slow_seconds[position] = self._enter_step(position, decode or math.inf, growth)
 
-    def _enter_step(self, position: int, decode_seconds: float) -> None:
+    def _enter_step(self, position: int, decode_seconds: float, growth: float) -> float:
         was, least = self._decode[position], self._least_step
         self._decode[position] = decode_seconds
         if decode_seconds < least:
             self._least_step = decode_seconds
         elif was == least != decode_seconds:
-            self._least_step = float(self._decode.min())
-        self.slow_seconds[position] = self._slower(decode_seconds, self._growth[position])
-
-    def _slower(self, decode_seconds: float, growth: float) -> float:
+            self._least_step = min(self._decode)
         least = self.least_step
         return max(0.0, (least if decode_seconds == math.inf else decode_seconds) * growth - least)
 
@@ -216,8 +214,9 @@ class WorkerCosts:
         """All steps with the least, after that has changed."""
         self._costs = [None] * len(self.views)
         least = self.least_step
-        decode = np.where(self._decode == math.inf, least, self._decode)
-        self.slow_seconds = np.maximum(decode * self._growth - least, 0.0)
+        decode = np.array(self._decode)
+        decode[decode == math.inf] = least
+        self.slow_seconds = np.maximum(decode * np.array(self._growth) - least, 0.0)
 
     # Reading -----------------------------------------------------------------------------------
 
@@ -340,7 +339,7 @@ class WorkerCosts:
         views = self.views
         assert {view.worker_id: place for place, view in enumerate(views)} == self.positions
         assert self._unready == sum(view.state is not READY for view in views)
-        assert self._least_step == min(self._decode.tolist(), default=math.inf)
+        assert self._least_step == min(self._decode, default=math.inf)
         assert self._free_bound <= min(self.free_tokens.tolist(), default=math.inf)
         assert self._token_bound <= min(self.token_seconds.tolist(), default=0.0)
         assert len(self._places) <= PLACES_MAX
