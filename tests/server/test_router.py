@@ -281,12 +281,12 @@ def test_frontend_programs_run_through_it(fleet: Fleet) -> None:
     import sglang
     from sglang.test import test_programs
 
-    # Those whose checks a model with random weights can pass. The others judge its answers.
+    # Those whose checks a model with random weights can pass; the others judge its answers. The long
+    # ones run through the router in test_frontend_router (soak), and on one worker in test_frontend.
     programs = (
         test_programs.test_mt_bench,
         lambda: test_programs.test_select(check_answer=False),
         lambda: test_programs.test_expert_answer(check_answer=False),
-        test_programs.test_parallel_decoding,
         test_programs.test_stream,
     )
     ours = SymphonyEndpoint(fleet.ours.url)
