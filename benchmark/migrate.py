@@ -81,6 +81,9 @@ class PoolPages:
     def lookup(self, hashes: Sequence[bytes]) -> list[bool]:
         return [int.from_bytes(key, "little") < len(self._views) for key in hashes]
 
+    def at_hand(self, hashes: Sequence[bytes]) -> bool:
+        return True
+
     def open(self, hashes: Sequence[bytes]) -> OpenPool:
         return OpenPool([self._views[int.from_bytes(key, "little")] for key in hashes])
 

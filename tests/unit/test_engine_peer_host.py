@@ -9,17 +9,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from test_engine_peer import Driver
 
 from nvme_pools import KEYS, PAGE, fill, host_pool, indices, opened_backends
 from symphony_sglang.engine import nvme_backend
+from symphony_sglang.engine.peer import PeerLevel
 from symphony_sglang.engine.peer_host import HostPages, HostPageSource, watch_host_pool
 from symphony_sglang.store import keys_from_hex
 from symphony_sglang.store.peer_pages import StagingPool, StorePageSource
 from symphony_sglang.testing.pages import MemoryPages
 from symphony_sglang.wire.page_client import ClientSettings
+from symphony_sglang.wire.page_server import ServerSettings
 from symphony_sglang.wire.page_session import PageSession
 from symphony_sglang.wire.pull import PageState, PullEnd
-from wire_world import STREAM, identity, pull, serve
+from wire_world import CLOCK, STREAM, identity, pull, serve
 
 NAMES = keys_from_hex(KEYS)
 WAYS = pytest.mark.parametrize(
@@ -167,6 +170,34 @@ def test_a_key_that_moves_is_known_by_its_newest_place(level) -> None:
     level.host.put([NAMES[5], NAMES[1]], [9, 7])
     assert [place and place.page for place in level.host.find(NAMES[:3])] == [8, 7, None]
     level.host.check()
+
+
+class Engine:
+    """Notes what a one-sided engine is told of."""
+
+    def __init__(self) -> None:
+        self.registered: list[memoryview] = []
+
+    def register(self, memory: memoryview) -> None:
+        self.registered.append(memory)
+
+    def metadata(self) -> bytes:
+        return b""
+
+
+def test_engine_knows_the_pool_and_all_staging_memory_from_the_start(level) -> None:
+    engine = Engine()
+    assert len(level.host) == 0
+    peer = PeerLevel(
+        Driver(), level.backend.store, settings=ServerSettings(), key=None, clock=CLOCK,
+        rank=0, ranks=1, host=level.host, engine=engine,
+    )  # fmt: skip
+    try:
+        assert engine.registered[0] is level.host.memory
+        assert len(engine.registered) == 1 + 2 * 6
+        assert peer.describe()["transfer"] == "nixl"
+    finally:
+        peer.close()
 
 
 def test_pools_whose_pages_can_move_are_left_alone() -> None:

@@ -101,7 +101,11 @@ class PeerLevel:
         page_bytes = store.namespace.page_bytes
         out, into = StagingPool(page_bytes), StagingPool(page_bytes)
         if engine is not None:
-            for memory in (host.memory if host else None, *out.prepare(), *into.prepare()):
+            for memory in (
+                host.memory if host is not None else None,
+                *out.prepare(),
+                *into.prepare(),
+            ):
                 if memory is not None:
                     engine.register(memory)
         stored = StorePageSource(store, out)

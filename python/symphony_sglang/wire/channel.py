@@ -11,7 +11,7 @@ import select
 import socket
 import struct
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from symphony_sglang.clock import Clock
 from symphony_sglang.errors import PeerLostError
@@ -67,8 +67,8 @@ class SocketChannel:
         self._deadline: float | None = None
         sock.setblocking(True)
         size = HOST_BUFFER_BYTES if on_one_host(sock) else NETWORK_BUFFER_BYTES
-        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
-            sock.setsockopt(socket.SOL_SOCKET, option, size)
+        # What comes in is set before connecting: see `connect_socket`.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size)
         with contextlib.suppress(OSError):  # a Unix socket has no such option
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.limit(seconds)
@@ -161,8 +161,10 @@ def connect_socket(host: str, port: int, seconds: float) -> socket.socket:
     for family, kind, protocol, _, address in socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM):
         sock = socket.socket(family, kind, protocol)
         try:
-            # The window that a connection starts with is made from this, once.
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, NETWORK_BUFFER_BYTES)
+            # The window that a connection starts with is made from this, once. Made smaller later,
+            # what the peer may still send would be dropped, and sent again 0.2 seconds after.
+            size = HOST_BUFFER_BYTES if _leads_here(family, address) else NETWORK_BUFFER_BYTES
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
             sock.settimeout(seconds)
             sock.connect(address)
             return sock
@@ -170,6 +172,13 @@ def connect_socket(host: str, port: int, seconds: float) -> socket.socket:
             problem = error
             sock.close()
     raise problem or OSError(f"{host}: no address")
+
+
+def _leads_here(family: int, address: Any) -> bool:
+    """Whether the route to an address ends on this host; nothing is sent."""
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect(address)
+        return bool(probe.getsockname()[0] == address[0])
 
 
 def on_one_host(sock: socket.socket) -> bool:

@@ -33,6 +33,7 @@ from symphony_sglang.wire.secure_channel import (
     proof_of,
 )
 from symphony_sglang.wire.transfer_protocol import (
+    HEADER,
     NONCE_BYTES,
     PROTOCOL,
     VERSION,
@@ -42,6 +43,7 @@ from symphony_sglang.wire.transfer_protocol import (
     LocalAddress,
     Proof,
     Refused,
+    pack_frame,
 )
 
 WRONG_KEY = "the transfer keys differ"
@@ -84,12 +86,13 @@ def greet_server(
     private, public = new_exchange() if key else (None, b"")
     probe = os.urandom(NONCE_BYTES)
     introduction = Introduction(identity, probe=probe, engine=engine)
-    mine = send_frame(
-        channel, Kind.HELLO, 0, Hello(PROTOCOL, VERSION, os.urandom(NONCE_BYTES), public)
-    )
+    frame = pack_frame(Kind.HELLO, 0, Hello(PROTOCOL, VERSION, os.urandom(NONCE_BYTES), public))
+    mine = frame[HEADER.size :]
     if key is None:
-        # There is nothing to hide and nothing to wait for.
-        send_frame(channel, Kind.IDENTITY, 0, introduction)
+        # There is nothing to hide and nothing to wait for. In one call: a server that refuses may
+        # be gone at the second.
+        frame += pack_frame(Kind.IDENTITY, 0, introduction)
+    channel.send([memoryview(frame)])
     hello, raw = receive_frame(channel, Kind.HELLO, Hello)
     _check_hello(hello)
     if key is not None and private is not None:

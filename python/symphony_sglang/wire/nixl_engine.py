@@ -9,6 +9,7 @@ that got through the handshake is told of it.
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import uuid
 from collections import Counter
@@ -19,6 +20,8 @@ from symphony_sglang.clock import Clock
 from symphony_sglang.errors import ConfigError, PeerLostError
 from symphony_sglang.wire.local_copy import Piece, address_of, pair_pieces
 from symphony_sglang.wire.transfer_protocol import FETCH_BYTES_MAX
+
+logger = logging.getLogger(__name__)
 
 NAME = "nixl"
 INSTALL = "pip install --no-deps nixl nixl-cu12  (nixl-cu13 with CUDA 13)"
@@ -89,7 +92,8 @@ class NixlEngine:
             with self._lock:
                 name = self._agent.add_remote_agent(metadata)
                 self._readers[name] += 1
-        except self.errors:
+        except self.errors as error:
+            logger.warning("nixl: no way to a peer: %s", error)
             return None
         return NixlReader(self, name)
 
@@ -156,8 +160,9 @@ class NixlReader:
             return False
         try:
             handle = self._engine.begin(self._name, pair_pieces(remote, local))
-        except self._engine.errors:
+        except self._engine.errors as error:
             # Memory that one side did not register, or a peer that is gone.
+            logger.warning("nixl: %s: %s; pages take another way", self._name, error)
             return False
         state = self._engine.state(handle)
         while state == "PROC" and not self._aborted.wait(POLL_SECONDS):
@@ -168,6 +173,8 @@ class NixlReader:
             threading.Event().wait(0.01)
         if state == "PROC":
             raise PeerLostError(f"{self._name}: the transfer was aborted, or took too long")
+        if state != "DONE":
+            logger.warning("nixl: %s: %s; pages take another way", self._name, state)
         return state == "DONE"
 
     def abort(self) -> None:

@@ -315,10 +315,11 @@ class Pull:
             lengths.append(None)
             self._note_failure(at, outcome)
         stored: Future[Sequence[bool]]
-        if self._windows or window.positions[-1] + 1 < len(self._hashes):
+        more = self._windows or window.positions[-1] + 1 < len(self._hashes)
+        if more or not all(commit.outcome.done() for commit in self._commits):
             stored = self._committer.submit(window.reservation.commit, lengths)
         else:
-            # Nothing is left to receive meanwhile.
+            # Nothing is left to receive meanwhile, and nothing to come after.
             stored = Future()
             stored.set_result(window.reservation.commit(lengths))
         self._commits.append(_Commit(window.positions, lengths, stored))
