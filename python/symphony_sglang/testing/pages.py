@@ -90,6 +90,9 @@ class MemoryPages:
     def lookup(self, hashes: Sequence[bytes]) -> Sequence[bool]:
         return [key in self.pages for key in hashes]
 
+    def at_hand(self, hashes: Sequence[bytes]) -> bool:
+        return False
+
     def open(self, hashes: Sequence[bytes]) -> MemoryOpenPages:
         self.may_open.wait()
         self.open_count += 1
