@@ -7,6 +7,7 @@ SGLang's Rust and Python tree cores alike.
 from __future__ import annotations
 
 import logging
+from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -23,6 +24,7 @@ from sglang.srt.mem_cache.base_prefix_cache import (
 from sglang.srt.mem_cache.registry import TreeCacheBuildContext, create_unified_radix_cache
 from sglang.srt.mem_cache.unified_cache.components import ComponentType
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+from sglang.srt.mem_cache.utils import get_hash_str
 from sglang.srt.runtime_context import get_memory, get_parallel
 
 from symphony_sglang.clock import SystemClock
@@ -40,6 +42,8 @@ from symphony_sglang.engine.metrics import Reporter
 from symphony_sglang.engine.peer import PeerLevel
 
 BACKEND_NAME = "symphony"
+# Loading it takes less where it is compiled already.
+PAGE_HASH_SECONDS = 2.0
 
 clock = SystemClock()
 
@@ -298,6 +302,24 @@ def attach_advisories(cache: SymphonyCache) -> None:
     cache.advisories = AdvisoryDriver(cache, promoter, SessionTable(), break_even=config.break_even)
 
 
+def load_page_hash() -> None:
+    """Have SGLang compile its page hash now, where this machine has not done so yet.
+
+    It does so at first use (native_hash.py:21), in the thread that looks pages up on disk. A flush
+    in the meantime gives that thread ten seconds and then ends the scheduler
+    (cache_controller.py:531), and the calibration at the start ends in a flush.
+    """
+    started = clock.monotonic()
+    try:
+        get_hash_str(array("q", [0]), None, page_size=1)
+    except RuntimeError as error:
+        logger.warning("page hash: %s (%s); no page will be found on disk", error, error.__cause__)
+        return
+    seconds = clock.monotonic() - started
+    if seconds > PAGE_HASH_SECONDS:
+        logger.info("page hash: compiled in %.0f s, once a machine", seconds)
+
+
 def build_cache(ctx: TreeCacheBuildContext) -> SymphonyCache:
     """SGLang's factory for ``--radix-cache-backend symphony``.
 
@@ -314,6 +336,8 @@ def build_cache(ctx: TreeCacheBuildContext) -> SymphonyCache:
     cache = create_unified_radix_cache(ctx, cache_class=SymphonyCache)
     assert isinstance(cache, SymphonyCache), type(cache)
     attach_advisories(cache)
+    if cache.cache_controller is not None:
+        load_page_hash()
     logger.info(
         "symphony cache: page %d tokens, host level %s",
         cache.page_size,
