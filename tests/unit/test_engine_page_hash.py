@@ -1,4 +1,4 @@
-"""SGLang's page hash is ready before the first request: compiling it later can end the scheduler."""
+"""SGLang's page hash is ready before the first request: compiling later can end a scheduler."""
 
 from __future__ import annotations
 
