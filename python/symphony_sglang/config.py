@@ -97,7 +97,7 @@ class SymphonyConfig:
         metavar="SHARE",
     )
     # Two, not one: who computes again occupies the device that all others wait for, who loads does
-    # not. In simulated fleets (docs/simulator.md) 2 was never worse than 1 and up to 10 % faster.
+    # not. In simulated fleets (docs/simulator.md) 2 was a little better than 1 and nowhere worse.
     break_even: float = setting(
         2.0,
         "how many times slower than computing again a level may be and still be used, for loads "
