@@ -1,7 +1,6 @@
 """One simulated worker: SGLang's loop of prefill and decode over a device level with KV below it.
 
-Prefill goes before decode, as in SGLang without mixed chunks. A decode run is computed in one jump
-to the next moment at which the batch changes; what has been decoded until then is exact.
+Prefill goes before decode, as in SGLang without mixed chunks. A decode run is one jump, and exact.
 """
 
 from __future__ import annotations
@@ -429,8 +428,7 @@ class SimWorker:
         self._next()
 
     def _retract(self) -> bool:
-        """Out of memory while decoding: the newest request waits again, its KV to be computed or
-        swapped; True where the device is busy with that."""
+        """Out of memory while decoding: the newest waits again; True while it is swapped out."""
         request = self.running.pop()
         self.context_tokens -= request.context_tokens
         request.retractions += 1
