@@ -93,6 +93,18 @@ def test_outliers_to_different_sides_or_with_a_sample_between_stay_outliers():
         assert estimator.rate().tokens_per_second > 100, between
 
 
+def test_a_calibration_that_was_too_slow_is_left_behind_and_tokens_still_cost():
+    """Calibrated beside other work: 0.11 s and 80 us a token; really 0.01 s and 40 us."""
+    estimator = RateEstimator(Rate(12_500, 0.11))
+    for number in range(400):
+        tokens = (300, 1200, 600)[number % 3]
+        estimator.add(tokens, 0.01 + tokens * 40e-6)
+    rate = estimator.rate()
+    assert rate.seconds(600) == pytest.approx(0.034, rel=0.5)
+    assert rate.seconds(3000) - rate.seconds(500) > 0.03
+    estimator.check()
+
+
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.lists(st.tuples(st.integers(-5, 10**9), st.floats(allow_nan=True, allow_infinity=True))))
 def test_no_sequence_of_samples_breaks_an_estimate(samples):

@@ -98,9 +98,9 @@ class EstimatorLimits:
     # is as far off to the same side: then the nearer of the two is the new estimate. One outlier is
     # somebody else's burst, two are what the level has become.
     step_max: float = 8.0
-    # The estimate stays this near to its calibration. A transfer that ends within its calibrated
-    # latency would otherwise count as infinitely fast; a copy of 10 us a token that comes to hang
-    # for seconds is 10,000 times slower.
+    # The estimate stays this near to its calibration: nothing becomes far faster than what was
+    # measured alone, but a copy of 10 us a token that comes to hang for seconds is 10,000 times
+    # slower.
     faster_max: float = 64.0
     slower_max: float = 1e6
     # A level that is not used gives no samples: an estimate that got none for this long goes half
@@ -117,8 +117,9 @@ class EstimatorLimits:
 class RateEstimator:
     """One speed, kept up to date by an exponentially weighted mean of seconds per token.
 
-    Seconds per token, not tokens per second: times add up, speeds don't. Latency stays as
-    calibrated; a sample's time beyond it is what its tokens cost.
+    Seconds per token, not tokens per second: times add up, speeds don't. What takes longer than
+    expected does so for its tokens. What takes less was calibrated on a slower machine, latency and
+    all: both shrink alike, or a sample within the latency would say that tokens cost nothing.
     """
 
     def __init__(
@@ -130,6 +131,7 @@ class RateEstimator:
         self.samples = 0
         self.ignored = 0
         self._seconds_per_token = 1.0 / start.tokens_per_second
+        self._latency_seconds = start.latency_seconds
         self._outlier: float | None = None  # seconds per token of the last sample, if it was one
         self._fresh_seconds: float | None = None  # of the last sample, on the caller's clock
 
@@ -140,7 +142,11 @@ class RateEstimator:
             self.ignored += 1
             return False
         old = self._seconds_per_token
-        sample = max(0.0, seconds - self.start.latency_seconds) / tokens
+        expected_seconds = self._latency_seconds + tokens * old
+        if seconds < expected_seconds:
+            sample = old * seconds / expected_seconds
+        else:
+            sample = (seconds - self._latency_seconds) / tokens
         near = min(max(sample, old / limits.step_max), old * limits.step_max)
         new = old + limits.weight * (near - old)
         last, self._outlier = self._outlier, sample if near != sample else None
@@ -150,6 +156,9 @@ class RateEstimator:
         calibrated = 1.0 / self.start.tokens_per_second
         new = min(max(new, calibrated / limits.faster_max), calibrated * limits.slower_max)
         self._seconds_per_token = new
+        if new < old:
+            least_seconds = self.start.latency_seconds / limits.faster_max
+            self._latency_seconds = max(self._latency_seconds * new / old, least_seconds)
         self._fresh_seconds = now_seconds
         self.samples += 1
         return True
@@ -169,7 +178,7 @@ class RateEstimator:
             self._seconds_per_token = math.sqrt(self._seconds_per_token * start)
 
     def rate(self) -> Rate:
-        return Rate(1.0 / self._seconds_per_token, self.start.latency_seconds)
+        return Rate(1.0 / self._seconds_per_token, self._latency_seconds)
 
     def check(self) -> None:
         calibrated = 1.0 / self.start.tokens_per_second
