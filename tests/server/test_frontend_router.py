@@ -44,7 +44,9 @@ def endpoint(router: Server) -> Iterator[lang.SymphonyEndpoint]:
     found.shutdown()
 
 
-@pytest.mark.parametrize("name", ["test_select", "test_parallel_encoding", "test_stream"])
+@pytest.mark.parametrize(
+    "name", ["test_select", "test_parallel_encoding", "test_parallel_decoding", "test_stream"]
+)
 def test_shipped_program_passes_through_the_router(
     name: str, endpoint: lang.SymphonyEndpoint
 ) -> None:

@@ -281,8 +281,8 @@ def test_frontend_programs_run_through_it(fleet: Fleet) -> None:
     import sglang
     from sglang.test import test_programs
 
-    # Those whose checks a model with random weights can pass; the others judge its answers. The long
-    # ones run through the router in test_frontend_router (soak), and on one worker in test_frontend.
+    # Those whose checks a model with random weights can pass; the others judge its answers. The
+    # longest, parallel_decoding, runs through the router in test_frontend_router (soak).
     programs = (
         test_programs.test_mt_bench,
         lambda: test_programs.test_select(check_answer=False),
