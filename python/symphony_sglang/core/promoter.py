@@ -152,9 +152,13 @@ class Promoter:
         The engine must then carry out `probes` (look up, then `observed`), `stages` and `loads`
         (each ends with one `finished`, whatever became of it). The other lists are done already.
         """
-        now_seconds = inputs.now_seconds
-        if self.rests(now_seconds, inputs.demand.kinds, inputs.gate):
+        if self.rests(inputs.now_seconds, inputs.demand.kinds, inputs.gate):
             return EMPTY_PLAN
+        return self.plan(inputs)
+
+    def plan(self, inputs: StepInputs) -> Plan:
+        """The second half of `step`, for who has asked `rests` at this very moment."""
+        now_seconds = inputs.now_seconds
         flight = Flight(self.book.flying(Hop.NVME_TO_HOST), self.book.flying(Hop.HOST_TO_DEVICE))
         views, versions = self.book.views(), (self.device.version, self.host.version)
         plan = plan_step(

@@ -332,7 +332,7 @@ class AdvisoryDriver:
             self.settled = not moving
             self._apply_locks()
             return
-        plan = self.promoter.step(self._inputs(demand))
+        plan = self.promoter.plan(self._inputs(demand))
         moving = self.mover.stages_in_flight or self.mover.loads_in_flight
         begun = plan.probes or plan.clips or plan.drops or plan.stages or plan.loads
         self.settled = not (begun or moving)
