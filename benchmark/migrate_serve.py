@@ -9,6 +9,9 @@ again, and moves it to the other worker (a move, until the advisory that the mov
 ready). Both are timed from the call to the answer that says so, asked every few milliseconds; a
 ratio is taken within its round. Then requests decode on one worker in windows with and without
 moves of other sessions away from it, in turn; the ratio is of the mean time of a token.
+
+The source has half of the cores for itself; the other worker, the router and this process share the
+rest, as the work of another machine must not count as the source's.
 """
 
 from __future__ import annotations
@@ -17,12 +20,13 @@ import argparse
 import asyncio
 import contextlib
 import json
+import os
 import random
 import statistics
 import sys
 import tempfile
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +200,18 @@ async def measure(url: str, options: argparse.Namespace) -> dict[str, Any]:
     return {"transfers": transfers, "windows": windows}
 
 
+@contextlib.contextmanager
+def cores_of(half: int) -> Iterator[None]:
+    """Processes started within have this half of the cores, all of them where there is only one."""
+    before = sorted(os.sched_getaffinity(0))
+    middle = len(before) // 2
+    os.sched_setaffinity(0, (before[:middle], before[middle:])[half] or before)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
 @contextlib.asynccontextmanager
 async def running_pair(options: argparse.Namespace, folder: Path) -> AsyncIterator[str]:
     """Two workers and a router; the router's URL."""
@@ -209,9 +225,11 @@ async def running_pair(options: argparse.Namespace, folder: Path) -> AsyncIterat
             directory.mkdir()
             flags = ("--symphony-grace", "0", "--symphony-break-even", "0")
             worker = server("symphony", model, levels, directory, flags=flags)
-            workers.append(stack.enter_context(worker))
+            with cores_of(number):
+                workers.append(stack.enter_context(worker))
         for worker in workers:
             worker.wait_ready()
+        stack.enter_context(cores_of(1))
         port = free_port()
         command = [
             *(sys.executable, "-m", "symphony_sglang.launch_router", "--prometheus-port", "0"),

@@ -213,6 +213,7 @@ def rules_of(scenario: Scenario, arm: Arm, repetition: int) -> ReplayRules:
         session_rate=work.session_rate,
         concurrency=work.concurrency,
         session_requests_max=work.session_requests,
+        seated=work.seated,
         advice=None
         if advice is None
         else AdviceRules(

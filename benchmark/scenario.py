@@ -57,6 +57,10 @@ class Workload(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     prompt_tokens_max: int = 8000
     output_tokens_max: int = 8
     skip_sessions: int = 0
+    # Sessions are joined at this turn, at its length; those that end before are passed over.
+    skip_turns: int = 0
+    # First turns are sent before the time begins and do not count (``ReplayRules.seated``).
+    seated: bool = False
     shared_prefix_tokens: int = 0
     skew: float = 0.0
     seed: int = 1

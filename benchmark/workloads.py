@@ -47,9 +47,24 @@ def sessions_of(workload: Workload, traces: dict[str, Path]) -> Iterator[Session
             f"source {workload.source!r}: expected conversations, agents or no-reuse, or a trace "
             f"family ({families}) whose file is given as --trace FAMILY=FILE"
         )
-    reader = TraceReader(traces[workload.source])
+    reader = iter(TraceReader(traces[workload.source]))
+    joined = (joined_at(session, workload.skip_turns) for session in reader)
     start = workload.skip_sessions
-    yield from islice(iter(reader), start, start + workload.sessions)
+    yield from islice(
+        (session for session in joined if session.turns), start, start + workload.sessions
+    )
+
+
+def joined_at(session: Session, turn: int) -> Session:
+    """`session` from `turn` on, with the sub-agents that it starts from there."""
+    children = [child for child in session.subagents if (child.parent_turn or 0) >= turn]
+    return replace(
+        session,
+        turns=session.turns[turn:],
+        subagents=tuple(
+            replace(child, parent_turn=(child.parent_turn or 0) - turn) for child in children
+        ),
+    )
 
 
 def conversation(

@@ -219,6 +219,30 @@ def test_generated_sessions_repeat_grow_and_share_only_what_they_should() -> Non
     assert len(ids) == len(set(ids))
 
 
+def test_sessions_are_joined_in_the_middle(tmp_path: Path) -> None:
+    def request(tokens: int) -> dict[str, Any]:
+        blocks = list(range(1, tokens // 64 + 1))
+        return {"t": 0.0, "type": "s", "model": "m", "in": tokens, "out": 1, "hash_ids": blocks}
+
+    lines: list[dict[str, Any]] = [
+        {"id": name, "block_size": 64, "requests": [request(64 * n) for n in range(1, turns + 1)]}
+        for name, turns in (("short", 2), ("long", 5))
+    ]
+    for after in (2, 4):  # sub-agents, of the second and the fourth turn
+        child = {"t": 0.0, "agent_id": f"x{after}", "requests": [request(64)]}
+        lines[1]["requests"].insert(after + (after > 2), child)
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    work = Workload(
+        source="claude-code", sessions=9, session_requests=9, concurrency=1, skip_turns=2
+    )
+    (session,) = sessions_of(work, {"claude-code": trace})
+    assert [turn.prompt.tokens for turn in session.turns] == [192, 256, 320]
+    assert [(child.session_id, child.parent_turn) for child in session.subagents] == [
+        ("long/x4", 1)
+    ]
+
+
 def test_a_trace_that_was_not_given_is_asked_for_by_name() -> None:
     work = Workload(source="mooncake", sessions=1, session_requests=1, concurrency=1)
     with pytest.raises(ConfigError, match="--trace FAMILY=FILE"):

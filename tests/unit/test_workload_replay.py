@@ -226,6 +226,21 @@ def test_each_turn_but_the_first_is_advised_in_time(tmp_path: Path) -> None:
     assert all(0.1 < record["lead_seconds"] <= 0.2 for record in records[1:])
 
 
+def test_seated_sessions_have_had_their_first_turn(tmp_path: Path) -> None:
+    lines = [claude_code("a", [64, 128]), claude_code("b", [64, 128, 192])]
+    trace = write_trace(tmp_path / "t", lines)
+    with StandIn() as server:
+        code, _, records = run_replay(server, trace, tmp_path, "--seated", "--advise-lead", "0.2")
+        sent = [(body["session_id"], len(body["input_ids"])) for body in server.requests]
+        # A hint for every turn that is left, none for the first ones.
+        assert len(server.hints) == 3
+    assert code == 0
+    assert sent[:2] == [("0/a", 64), ("0/b", 64)]
+    turns = [(record["session_id"], record["turn"]) for record in records]
+    assert sorted(turns) == [("a", 1), ("b", 1), ("b", 2)]
+    assert all(record["cached"]["device"] for record in records)
+
+
 def test_hints_are_left_out_and_false_as_asked(tmp_path: Path) -> None:
     lines = [claude_code(str(i), [64] * 11, out=1) for i in range(10)]
     trace = write_trace(tmp_path / "t", lines)

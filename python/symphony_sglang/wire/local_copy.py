@@ -13,8 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from symphony_sglang.wire.channel import STEP_BYTES
-from symphony_sglang.wire.transfer_protocol import LocalAddress
+from symphony_sglang.wire.transfer_protocol import FETCH_BYTES_MAX, LocalAddress
 
 # The kernel's bound on the pieces of one call (IOV_MAX).
 PIECES_PER_CALL = 1024
@@ -59,7 +58,9 @@ def holds_probe(local: LocalAddress, probe: bytes) -> bool:
 
 
 def _vectors(pieces: Sequence[Piece]) -> ctypes.Array[_Vector]:
-    return (_Vector * len(pieces))(*(_Vector(*piece) for piece in pieces))
+    # By way of an array: one Python object a field takes as long as the copy of a small page.
+    raw = np.array(pieces, dtype=np.uint64)
+    return (_Vector * len(pieces)).from_buffer(raw)
 
 
 def copy_from(process: int, remote: Sequence[Piece], targets: Sequence[memoryview]) -> bool:
@@ -106,6 +107,8 @@ def _calls(
     remote: Sequence[Piece], local: Sequence[Piece]
 ) -> list[tuple[list[Piece], list[Piece]]]:
     """What one call each takes of both lists."""
+    if max(len(remote), len(local)) <= PIECES_PER_CALL:
+        return [(list(remote), list(local))]  # the kernel cuts them at each other's ends itself
     pairs = pair_pieces(remote, local)
     return [
         ([pair[0] for pair in group], [pair[1] for pair in group])
@@ -118,7 +121,9 @@ class LocalReader:
     """Copies out of the memory of one process of this host."""
 
     way = "local"
-    step_bytes = STEP_BYTES  # hashed while the cache still holds them
+    step_bytes = FETCH_BYTES_MAX
+    # A copy from memory to memory, as one within this process: no wire that could change a byte.
+    summed = False
 
     def __init__(self, process: int) -> None:
         self._process = process

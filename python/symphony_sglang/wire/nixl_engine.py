@@ -139,6 +139,7 @@ class NixlReader:
 
     way = NAME
     step_bytes = FETCH_BYTES_MAX  # a transfer costs a round trip, however large
+    summed = True
 
     def __init__(self, engine: NixlEngine, name: str) -> None:
         self._engine = engine

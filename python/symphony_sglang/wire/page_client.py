@@ -211,9 +211,11 @@ class PageClient:
         assert 0 < len(hashes) == len(buffers) <= PAGES_PER_FETCH_MAX, (len(hashes), len(buffers))
         assert len(self._fetches) < FETCHES_MAX, f"{len(self._fetches)} fetches are under way"
         request = self._next_request()
-        local = self._reader is not None
+        reader = self._reader
+        local, summed = reader is not None, reader is None or reader.summed
         self._fetches[request] = _Fetch(buffers, local)
-        send_frame(self._channel, Kind.FETCH, request, Fetch(b"".join(hashes), self._pool, local))
+        fetch = Fetch(b"".join(hashes), self._pool, local, summed)
+        send_frame(self._channel, Kind.FETCH, request, fetch)
         return request
 
     def finish(self, request: int) -> list[Result]:
@@ -385,7 +387,7 @@ def receive_hashed(channel: Channel, pages: Sequence[memoryview | None]) -> list
 def copy_hashed(
     reader: RemoteReader, pages: Sequence[_Placed | None], fetch: _Fetch, until: float
 ) -> bool:
-    """Copy pages out of a peer's memory, hashing each step's bytes after it."""
+    """Copy pages out of a peer's memory, hashing each step's bytes after it where that is asked."""
     fetch.sums = [0] * len(pages)
     group: list[tuple[int, memoryview]] = []
     remote: list[tuple[int, int]] = []
@@ -394,8 +396,9 @@ def copy_hashed(
     def take() -> bool:
         if not reader.copy(remote, [page for _, page in group], until):
             return False
-        for at, page in group:
-            fetch.sums[at] = xxhash.xxh3_64_intdigest(page)
+        if reader.summed:
+            for at, page in group:
+                fetch.sums[at] = xxhash.xxh3_64_intdigest(page)
         return True
 
     for at, (page, buffer) in enumerate(zip(pages, fetch.buffers, strict=True)):

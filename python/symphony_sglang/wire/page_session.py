@@ -183,14 +183,14 @@ class PageSession:
 
     def _answer(self, job: _Job, opened: OpenPages | None) -> None:
         match job.body:
-            case Fetch(local=local):
+            case Fetch(local=local, summed=summed):
                 assert opened is not None
                 lengths = [None if page is None else sum(map(len, page)) for page in opened.views]
                 self._count("pages", sum(length is not None for length in lengths))
                 self._count("pages_missing", lengths.count(None))
                 self._count("bytes", sum(length or 0 for length in lengths))
                 if local:
-                    self._lend(job.request, opened)
+                    self._lend(job.request, opened, summed=summed)
                 else:
                     self._send_pages(job.request, opened, lengths)
             case Copied():
@@ -212,7 +212,7 @@ class PageSession:
         self._count("pages_changed", flags.count(0))
         return flags
 
-    def _lend(self, request: int, pages: OpenPages) -> None:
+    def _lend(self, request: int, pages: OpenPages, *, summed: bool) -> None:
         places = [
             None if page is None else [(address_of(piece), len(piece)) for piece in page]
             for page in pages.views
@@ -220,8 +220,8 @@ class PageSession:
         sums = [0] * len(places)
         self._lent[request] = _Lent(pages, sums)
         send_frame(self._channel, Kind.PLACED, request, Placed(places))
-        # The reader copies meanwhile.
-        sums[:] = [0 if page is None else sum_of(page) for page in pages.views]
+        if summed:  # the reader copies meanwhile
+            sums[:] = [0 if page is None else sum_of(page) for page in pages.views]
 
     def _check_copied(self, request: int) -> None:
         lent = self._lent.pop(request, None)

@@ -151,6 +151,11 @@ class RemoteReader(Protocol):
         """Bytes of one copy that suit it."""
         ...
 
+    @property
+    def summed(self) -> bool:
+        """Whether what it copied is compared with the peer's checksums."""
+        ...
+
     def copy(
         self,
         remote: Sequence[tuple[int, int]],

@@ -133,11 +133,15 @@ class Found(msgspec.Struct, frozen=True):
 
 
 class Fetch(msgspec.Struct, frozen=True):
-    """Send these pages; with `local`, say where they are instead: the reader copies them."""
+    """Send these pages; with `local`, say where they are instead: the reader copies them.
+
+    With `summed` false the reader does not ask for their checksums.
+    """
 
     hashes: bytes
     pool: str = KV_POOL
     local: bool = False
+    summed: bool = True
 
 
 class Placed(msgspec.Struct, frozen=True):
@@ -151,7 +155,8 @@ class Copied(msgspec.Struct, frozen=True):
 
 
 class Checked(msgspec.Struct, frozen=True):
-    """After COPIED: u64 xxh3_64 for each page, and one byte: 1 where it stayed the same."""
+    """After COPIED: u64 xxh3_64 for each page, or 0 where nobody asked for them, and one byte: 1
+    where it stayed the same."""
 
     sums: bytes
     unchanged: bytes

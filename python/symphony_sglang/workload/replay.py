@@ -88,6 +88,11 @@ def add_time_flags(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="requests in flight at most; sessions at once where the trace has no arrivals",
     )
+    add(
+        "--seated",
+        action="store_true",
+        help="send each session's first turn before the time begins, one after another, unrecorded",
+    )
 
 
 def add_send_flags(parser: argparse.ArgumentParser) -> None:
@@ -271,6 +276,7 @@ def rules_of(arguments: argparse.Namespace, facts: ServerFacts) -> ReplayRules:
         requests_max=arguments.requests,
         session_requests_max=arguments.session_requests,
         share_system_prefix=arguments.share_system_prefix,
+        seated=arguments.seated,
         stream=not arguments.no_stream,
         keep_output_ids=arguments.keep_output_ids,
         advice=None

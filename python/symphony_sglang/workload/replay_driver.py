@@ -55,6 +55,9 @@ class ReplayRules:
     keep_output_ids: bool = False
     # Hints before each turn but the first; None sends none.
     advice: AdviceRules | None = None
+    # First turns are sent one after another before the time begins, and not recorded: a service
+    # whose sessions are long sees few of them.
+    seated: bool = False
 
 
 class RequestRecord(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -123,7 +126,7 @@ class ReplayDriver:
         try:
             async with asyncio.TaskGroup() as self._group:
                 self._group.create_task(self._read(queue))
-                await self._dispatch(queue)
+                await self._dispatch(await self._seat(queue) if self.rules.seated else queue)
         except BaseExceptionGroup as group:
             # The first failure cancelled the others; it is the one to tell of.
             raise first_leaf(group) from group
@@ -146,6 +149,35 @@ class ReplayDriver:
                 left = None if left is None else left - plan.request_count()
                 await queue.put(plan)
         await queue.put(None)
+
+    async def _seat(
+        self, queue: asyncio.Queue[SessionPlan | None]
+    ) -> asyncio.Queue[SessionPlan | None]:
+        """Send the first turn of every session; gives the sessions that were answered."""
+        seated: asyncio.Queue[SessionPlan | None] = asyncio.Queue()
+        while (plan := await queue.get()) is not None:
+            filler = self._filler(plan)
+            body = await self._body(filler, plan.turns[0])
+            if body is None:
+                self.counts.sessions_cut += 1
+                self.counts.requests_cut += unsent(plan, 0)
+                continue
+            result = await self.client.generate(body, stream=self.rules.stream)
+            if result.error is None:
+                seated.put_nowait(plan)
+            else:
+                self.counts.requests_unsent += unsent(plan, 0)
+        seated.put_nowait(None)
+        return seated
+
+    def _filler(self, plan: SessionPlan) -> PromptFiller:
+        return PromptFiller.of(
+            plan.session,
+            seed=self.rules.seed,
+            vocab=self.rules.vocab,
+            scale=self.rules.limits.scale_tokens,
+            share_prefix=self.rules.share_system_prefix,
+        )
 
     async def _dispatch(self, queue: asyncio.Queue[SessionPlan | None]) -> None:
         plan = await queue.get()
@@ -172,14 +204,7 @@ class ReplayDriver:
             await self._places.acquire()
             await self._until(due)
             started = due if open_loop else self._now()
-            filler = PromptFiller.of(
-                plan.session,
-                seed=self.rules.seed,
-                vocab=self.rules.vocab,
-                scale=self.rules.limits.scale_tokens,
-                share_prefix=self.rules.share_system_prefix,
-            )
-            self._group.create_task(self._top_session(plan, filler, started))
+            self._group.create_task(self._top_session(plan, self._filler(plan), started))
             plan = await queue.get()
 
     async def _top_session(self, plan: SessionPlan, filler: PromptFiller, due: float) -> None:
@@ -194,6 +219,10 @@ class ReplayDriver:
         # Of the session's own, so that what it draws does not depend on the others' progress.
         thinking = random.Random(f"{self.rules.seed}/{plan.session.session_id}")
         for position, planned in enumerate(plan.turns):
+            if self.rules.seated and not position and plan.session.parent_turn is None:
+                await self._until(due)
+                self._answered(plan, filler, planned)
+                continue
             body = await self._body(filler, planned)
             if body is None:
                 self.counts.sessions_cut += 1
@@ -208,11 +237,14 @@ class ReplayDriver:
             if record.error is not None:
                 self.counts.requests_unsent += unsent(plan, position) - 1
                 return
-            if self.adviser is not None:
-                self.adviser.learn(session_name(self.rules, filler))
-            self._start_subagents(plan, filler, planned)
+            self._answered(plan, filler, planned)
         if self.adviser is not None:
             self.adviser.ended(session_name(self.rules, filler))
+
+    def _answered(self, plan: SessionPlan, filler: PromptFiller, planned: PlannedTurn) -> None:
+        if self.adviser is not None:
+            self.adviser.learn(session_name(self.rules, filler))
+        self._start_subagents(plan, filler, planned)
 
     async def _advise(self, session_id: str, planned: PlannedTurn, due: float) -> float | None:
         """Send this turn's hints when it is time to; gives the lead of the true one, if any.

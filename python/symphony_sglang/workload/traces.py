@@ -99,11 +99,10 @@ class Session:
 
     Attributes:
         arrival_seconds: from the start of the trace; for a sub-agent, from its parent's first turn.
-        block_scope: block ids are comparable among all sessions with the same scope. parent_turn:
-        index of the parent's turn that started this sub-agent; None for a session.
+        block_scope: block ids are comparable among all sessions with the same scope.
+        parent_turn: index of the parent's turn that started this sub-agent; None for a session.
         shared_prefix_tokens: leading tokens of the prompts that sessions of one model have in
-        common
-            (system prompt and tool list), 0 where unknown.
+            common (system prompt and tool list), 0 where unknown.
     """
 
     session_id: str
