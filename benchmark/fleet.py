@@ -90,7 +90,8 @@ class Fleet:
             for _ in range(arm.workers):
                 self._started += 1
                 folder = self._scratch / f"{arm.server}-{self._started}"
-                flags = tuple(sizes.flags)
+                own = sizes.symphony_flags if arm.server == "symphony" else ()
+                flags = (*sizes.flags, *own)
                 worker = server(arm.server, self._model, levels, folder, flags=flags)
                 workers.append(worker)
                 worker.start()

@@ -33,12 +33,13 @@ class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class WorkerSizes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Levels of every worker; the same for all arms."""
+    """Levels of every worker; the same for all arms. `symphony_flags` are for our servers only."""
 
     device_tokens: int
     host_gb: float
     nvme_gb: float = 8.0
     flags: tuple[str, ...] = ()
+    symphony_flags: tuple[str, ...] = ()
 
 
 class Workload(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+from bisect import bisect_left
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
 
 import numpy as np
 
@@ -17,6 +20,8 @@ from symphony_sglang.wire.transfer_protocol import FETCH_BYTES_MAX, LocalAddress
 
 # The kernel's bound on the pieces of one call (IOV_MAX).
 PIECES_PER_CALL = 1024
+# Below this, waking another thread takes longer than its half of the copy.
+SPLIT_BYTES_MIN = 2 << 20
 Piece = tuple[int, int]
 
 
@@ -40,7 +45,9 @@ if _readv is not None:
 
 def address_of(view: memoryview) -> int:
     """Where a contiguous view's bytes are; it may be read-only."""
-    return int(np.frombuffer(view, np.uint8).ctypes.data)
+    if view.readonly:
+        return int(np.frombuffer(view, np.uint8).ctypes.data)
+    return ctypes.addressof(ctypes.c_char.from_buffer(view))  # in a quarter of the time
 
 
 def my_address(probe: memoryview) -> LocalAddress:
@@ -117,8 +124,25 @@ def _calls(
     ]
 
 
+def halves(
+    remote: Sequence[Piece], targets: Sequence[memoryview]
+) -> tuple[tuple[Sequence[Piece], Sequence[memoryview]], ...]:
+    """A copy as two of about as many bytes, cut between two targets; as one where it is small, or
+    no piece ends there."""
+    sizes = list(accumulate(map(len, targets), initial=0))
+    if sizes[-1] < SPLIT_BYTES_MIN:
+        return ((remote, targets),)
+    at = bisect_left(sizes, sizes[-1] // 2)
+    ends = list(accumulate((size for _, size in remote), initial=0))
+    cut = bisect_left(ends, sizes[at])
+    if at == len(targets) or cut == len(ends) or ends[cut] != sizes[at]:
+        return ((remote, targets),)
+    return (remote[:cut], targets[:at]), (remote[cut:], targets[at:])
+
+
 class LocalReader:
-    """Copies out of the memory of one process of this host."""
+    """Copies out of the memory of one process of this host, half of it in a thread of its own:
+    the kernel looks every page of memory up on the way, which leaves the memory itself idle."""
 
     way = "local"
     step_bytes = FETCH_BYTES_MAX
@@ -127,11 +151,17 @@ class LocalReader:
 
     def __init__(self, process: int) -> None:
         self._process = process
+        self._helper = ThreadPoolExecutor(1, "symphony-local-copy")
 
     def copy(self, remote: Sequence[Piece], targets: Sequence[memoryview], until: float) -> bool:
-        return copy_from(self._process, remote, targets)
+        own, *other = halves(remote, targets)
+        futures = [self._helper.submit(copy_from, self._process, *half) for half in other]
+        results = [copy_from(self._process, *own), *(future.result() for future in futures)]
+        return all(results)
 
     def abort(self) -> None:
         """A copy within one host does not wait for anybody."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Idempotent."""
+        self._helper.shutdown(wait=True)

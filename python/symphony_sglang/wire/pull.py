@@ -230,12 +230,16 @@ class Pull:
     def _next_positions(self) -> list[int]:
         """The next pages to ask for; none behind a gap."""
         positions: list[int] = []
-        under_way = {at for window in self._windows for at in window.positions}
-        under_way.update(at for commit in self._commits for at in commit.positions)
         states = self.report.states
         while self._front < len(states) and states[self._front] in HERE:
             self._front += 1
-        for at in range(self._front, len(states)):
+        start, under_way = self._front, set[int]()
+        for asked in (*self._commits, *self._windows):
+            if asked.positions[0] == start:
+                start = asked.positions[-1] + 1
+            else:
+                under_way.update(asked.positions)
+        for at in range(start, len(states)):
             state = states[at]
             if state is PageState.WANTED and at not in under_way:
                 positions.append(at)
