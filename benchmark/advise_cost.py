@@ -2,11 +2,13 @@
 
     python -m benchmark.advise_cost [--tokens 3000] [--sessions 24] [--seconds 20] [--rounds 3]
 
-Each round is a fresh server with a small model. Sessions of `--tokens` tokens are seated, twice as
-many as the device level holds; then turns run, two at a time, while every session is advised again
-and again and a third of the hints are withdrawn. The driver measures itself (``engine.cost``): a
-hint or question, an arriving request, and the step, with its share of the loop while advisories
-live. The loop of the same server is the baseline: the share says what part of it is ours.
+Each round is two fresh servers with a small model. Sessions of `--tokens` tokens are seated, twice
+as many as the device level holds. Then `turns`: four callers, each of which hints at a session,
+waits for a moment and sends its turn. Then, at the other server, `storm`: two callers send turns,
+while hints for any session come as fast as they are answered, with 10 ms between them, and a third
+are withdrawn. The driver measures itself (``engine.cost``): a hint or question, an arriving
+request, and the step, with its share of the loop while advisories live. The loop of the same
+server is the baseline: the share says what part of it is ours.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ from symphony_sglang.workload.tiny_model import make_tiny_model
 
 VOCAB = 8000
 LAYERS, HIDDEN = 4, 256
-CALLERS = 2
+TURN_CALLERS, STORM_CALLERS = 4, 2
+LEAD_SECONDS = (0.2, 1.0)  # of a hint before its turn, drawn evenly
 GOALS = {"message_p99_microseconds": 200.0, "step_share": 0.01}
 clock = SystemClock()
 
@@ -70,8 +73,18 @@ class Load:
         while not done.is_set():
             self.turn(generator.choice(names), 24)
 
-    def advise(self, seed: int, done: threading.Event) -> None:
-        """Some 100 hints a second, as a busy router sends them."""
+    def announce(self, seed: int, done: threading.Event) -> None:
+        """Turns, each with its hint."""
+        generator, names = random.Random(seed), list(self._prompts)
+        while not done.is_set():
+            session_id = generator.choice(names)
+            body = {"session_id": session_id, "expires_in_s": 10}
+            self._client.post("/symphony/advise", json=body).raise_for_status()
+            self.hints += 1
+            done.wait(generator.uniform(*LEAD_SECONDS))
+            self.turn(session_id, 24)
+
+    def storm(self, seed: int, done: threading.Event) -> None:
         generator, names = random.Random(seed), list(self._prompts)
         while not done.wait(0.01):
             session_id = generator.choice(names)
@@ -84,7 +97,9 @@ class Load:
                 self._client.delete(f"/symphony/advisories/{advisory_id}")
 
 
-def run_round(model: Path, directory: Path, options: argparse.Namespace, seed: int) -> Any:
+def run_round(
+    model: Path, directory: Path, options: argparse.Namespace, kind: str, seed: int
+) -> Any:
     levels = Levels(
         device_tokens=options.sessions * options.tokens // 2 // 16 * 16, host_gb=1.0, nvme_gb=2.0
     )
@@ -96,9 +111,12 @@ def run_round(model: Path, directory: Path, options: argparse.Namespace, seed: i
             load = Load(client, options.sessions, options.tokens, seed)
             load.seat()
             done = threading.Event()
-            with concurrent.futures.ThreadPoolExecutor(CALLERS + 1) as pool:
-                futures = [pool.submit(load.talk, seed + n, done) for n in range(CALLERS)]
-                futures.append(pool.submit(load.advise, seed + CALLERS, done))
+            work = {
+                "turns": [load.announce] * TURN_CALLERS,
+                "storm": [load.talk] * STORM_CALLERS + [load.storm],
+            }[kind]
+            with concurrent.futures.ThreadPoolExecutor(len(work)) as pool:
+                futures = [pool.submit(one, seed + n, done) for n, one in enumerate(work)]
                 done.wait(options.seconds)
                 done.set()
                 for future in futures:
@@ -143,19 +161,20 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="of load, a round")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    rounds = []
+    rounds: dict[str, list[Any]] = {"turns": [], "storm": []}
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
         make_tiny_model(model, layers=LAYERS, hidden=HIDDEN, vocab=VOCAB, seed=0)
         for number in range(options.rounds):
-            directory = Path(folder) / f"round{number}"
-            directory.mkdir()
-            rounds.append(run_round(model, directory, options, number))
+            for kind, found in rounds.items():
+                directory = Path(folder) / f"{kind}{number}"
+                directory.mkdir()
+                found.append(run_round(model, directory, options, kind, number))
     report = {
         "benchmark": "advise_cost",
         "settings": vars(options),
         "environment": describe_environment(),
-        "summary": summary(rounds),
+        "summary": {kind: summary(found) for kind, found in rounds.items()},
         "rounds": rounds,
     }
     print(json.dumps(report, indent=2))

@@ -107,13 +107,24 @@ def advise(result: Figures) -> str:
 
 
 def advise_cost(result: Figures) -> str:
+    kinds = result["summary"]
     rows = []
-    for name, values in result["summary"].items():
+    for name, first in kinds["turns"].items():
         digits = 4 if name == "step_share" else 0
-        figures = span(values["median"], values["min"], values["max"], digits)
-        rows.append([name.replace("_", " "), figures, str(values.get("goal", ""))])
+        figures = [
+            span(values["median"], values["min"], values["max"], digits)
+            for values in (kinds[kind][name] for kind in ("turns", "storm"))
+        ]
+        rows.append([name.replace("_", " "), *figures, str(first.get("goal", ""))])
+    seconds = result["settings"]["seconds"]
+    hints = [
+        f"{median([one['hints'] / seconds for one in result['rounds'][kind]]):.0f}"
+        for kind in ("turns", "storm")
+    ]
+    rows.append(["hints a second", *hints, ""])
     return origin(result, "python -m benchmark.advise_cost") + table(
-        "figure | median (low to high) | goal at most", rows
+        "figure, median (low to high) | a hint for each turn | a storm of hints | goal at most",
+        rows,
     )
 
 

@@ -8,12 +8,15 @@ sessions.
 from __future__ import annotations
 
 import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from benchmark.advise import ask
 from benchmark.scenario import Arm, Scenario
 from benchmark.servers import Levels, server
+from symphony_sglang.clock import SystemClock
 from symphony_sglang.workload.worker_process import HOST, WorkerProcess, free_port
 
 # sglang-router's `cache_aware` needs no session; its `manual` policy pins by routing key.
@@ -21,6 +24,7 @@ STOCK_ROUTER = "sglang_router.launch_router"
 OUR_ROUTER = "symphony_sglang.launch_router"
 # Idle workers keep some gigabytes each; beyond this many, those used longest ago are stopped.
 WORKERS_MAX = 5
+FIND_SECONDS_MAX = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +33,19 @@ class Group:
 
     url: str
     worker_urls: tuple[str, ...]
+
+
+def wait_for_workers(url: str, count: int) -> None:
+    """Wait until a router, either one, has found all of its workers healthy."""
+    clock = SystemClock()
+    deadline = clock.monotonic() + FIND_SECONDS_MAX
+    while True:
+        _status, found = ask(url, "/readiness", method="GET")
+        if isinstance(found, dict) and found.get("healthy_workers") == count:
+            return
+        if clock.monotonic() > deadline:
+            raise SystemExit(f"{url} says {found} after {FIND_SECONDS_MAX:g} s")
+        threading.Event().wait(0.1)
 
 
 class Fleet:
@@ -76,6 +93,7 @@ class Fleet:
             self._router = (arm.processes, router)
             router.start()
             router.wait_ready()
+            wait_for_workers(router.url, arm.workers)
         return Group(self._router[1].url, urls)
 
     def _start_workers(self, arm: Arm) -> list[WorkerProcess]:
@@ -122,4 +140,6 @@ class Fleet:
         ]
         if family != "stock":
             command += ["--model-path", str(self._model)]
+            if not policy.startswith("symphony"):
+                command.append("--disable-migration")  # what such a policy stands for
         return WorkerProcess([], command=command, port=port, log_path=log)

@@ -66,8 +66,8 @@ def median_of(runs: list[dict[str, Any]], *path: str) -> dict[str, Any]:
     values = []
     for run in runs:
         value: Any = run
-        for key in path:
-            value = value[key]
+        for key in path:  # a run of an older version may lack it
+            value = value.get(key) if isinstance(value, dict) else None
         values.append(value)
     return spread_of(values)
 
@@ -86,8 +86,9 @@ def markdown(summary: dict[str, Any]) -> str:
         f"### {summary['title']}",
         "",
         "| arm | TTFT mean, ms | P50 | P90 | requests/s | device / host / disk / computed, % "
+        "| load max / median "
         f"| P90 vs {summary['baseline']} | requests/s vs {summary['baseline']} |",
-        "|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for arm, runs in summary["runs"].items():
         hits = [median_of(runs, "hit_share", level) for level in ("device", "host", "storage")]
@@ -103,6 +104,7 @@ def markdown(summary: dict[str, Any]) -> str:
             f"| {cell(median_of(runs, 'ttft_seconds', 'p90'), 1e3)} "
             f"| {cell(median_of(runs, 'requests_per_second'), 1, 2)} "
             f"| {' / '.join(shares)} "
+            f"| {cell(median_of(runs, 'load_balance', 'requests'), 1, 2)} "
             f"| {cell(ratios['ttft_seconds.p90'], 1, 2)} "
             f"| {cell(ratios['requests_per_second'], 1, 2)} |"
         )

@@ -14,7 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import msgspec
+from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.progress import Progress
 
@@ -54,6 +56,8 @@ class End(msgspec.Struct, tag="end", kw_only=True):
     requests_unsent: int
     advice: dict[str, Any] | None
     counters: list[dict[str, Any]]
+    # Of each worker, what it served in this run: see `TOTALS`.
+    totals: list[dict[str, float]] = []
     failure: str = ""
 
 
@@ -128,6 +132,7 @@ def run_one(
     group = fleet.start(arm)
     for url in group.worker_urls:
         empty_fast_levels(url)
+    before = [totals_of(url) for url in group.worker_urls]
     path = run_path(directory, repetition, arm)
     part = path.with_suffix(".part")
     with part.open("wb") as output:
@@ -146,6 +151,10 @@ def run_one(
         )
         end = asyncio.run(drive(scenario, arm, repetition, group.url, traces, write))
         end.counters = [counters_of(url) for url in group.worker_urls]
+        end.totals = [
+            {name: value - old.get(name, 0.0) for name, value in totals_of(url).items()}
+            for url, old in zip(group.worker_urls, before, strict=True)
+        ]
         write(end)
     part.rename(path)
 
@@ -230,6 +239,28 @@ def counters_of(url: str) -> dict[str, Any]:
     """What a worker of ours counts; {} of another."""
     status, body = ask(url, "/symphony/residency", method="GET")
     return body if status == 200 and isinstance(body, dict) else {}
+
+
+# SGLang's counters, where a worker has `--enable-metrics`.
+TOTALS = {
+    "sglang:num_requests_total": "requests",
+    "sglang:prompt_tokens_total": "prompt_tokens",
+    "sglang:generation_tokens_total": "output_tokens",
+}
+
+
+def totals_of(url: str) -> dict[str, float]:
+    """What a worker has served since its start; {} of one without metrics."""
+    answer = httpx.get(url + "/metrics", follow_redirects=True)
+    if answer.status_code != 200:
+        return {}
+    totals: dict[str, float] = {}
+    for family in text_string_to_metric_families(answer.text):
+        for sample in family.samples:
+            if sample.name in TOTALS:
+                name = TOTALS[sample.name]
+                totals[name] = totals.get(name, 0.0) + sample.value
+    return totals
 
 
 def parse_traces(words: list[str]) -> dict[str, Path]:

@@ -62,6 +62,8 @@ class Workload(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     skip_turns: int = 0
     # First turns are sent before the time begins and do not count (``ReplayRules.seated``).
     seated: bool = False
+    # Every other session of a trace pauses this many times as long.
+    uneven: float = 1.0
     shared_prefix_tokens: int = 0
     skew: float = 0.0
     seed: int = 1

@@ -71,6 +71,9 @@ def run_figures(
         "computed_share": 1 - sum(hits.values()) / max(1, prompt_tokens),
         "saturated": bool(sum(waits) > SATURATED_SHARE * seconds * max(1, len(good))),
         "lead_seconds": percentiles(leads),
+        "load_balance": {
+            key: load_balance(end.totals, key) for key in ("requests", "prompt_tokens")
+        },
         "advice": end.advice,
         "failure": end.failure,
     }

@@ -50,9 +50,22 @@ def sessions_of(workload: Workload, traces: dict[str, Path]) -> Iterator[Session
     reader = iter(TraceReader(traces[workload.source]))
     joined = (joined_at(session, workload.skip_turns) for session in reader)
     start = workload.skip_sessions
-    yield from islice(
+    chosen = islice(
         (session for session in joined if session.turns), start, start + workload.sessions
     )
+    for number, session in enumerate(chosen):
+        yield slowed(session, workload.uneven) if number % 2 else session
+
+
+def slowed(session: Session, factor: float) -> Session:
+    """`session` with pauses `factor` times as long."""
+    turns = [
+        turn
+        if turn.think_seconds is None
+        else replace(turn, think_seconds=factor * turn.think_seconds)
+        for turn in session.turns
+    ]
+    return replace(session, turns=tuple(turns))
 
 
 def joined_at(session: Session, turn: int) -> Session:

@@ -55,9 +55,7 @@ class Rank:
         world, walk = self.world, self.walk
         number = walk.randrange(SESSIONS)
         name = f"s{number}"
-        kind = walk.choice(
-            ["advise"] * 6 + ["cancel", "retain", "demote", "arrive", "arrive", "out"]
-        )
+        kind = walk.choice(KINDS)
         if kind == "advise":
             self.note(world.advise(session_id=name, expires_in_seconds=walk.choice([0.1, 5.0])))
         elif kind == "out":

@@ -67,6 +67,7 @@ def end(seconds: float = 20.0, **changes: Any) -> End:
         "requests_unsent": 0,
         "advice": None,
         "counters": [],
+        "totals": [{"requests": 3.0}, {"requests": 1.0}],
     }
     return End(**{**fields, **changes})
 
@@ -192,7 +193,7 @@ def test_runs_are_resumed_summarized_and_reported_from_files_alone(tmp_path: Pat
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
     assert summary["ratios"]["ours"]["ttft_seconds.p90"]["median"] == pytest.approx(4.0)
     text = report.report(tmp_path)
-    assert "| ours | 100 | 100 | 100 | 0.15 | 40 / 20 / 10 / 30 | 4.00 | 1.00 |" in text
+    assert "| ours | 100 | 100 | 100 | 0.15 | 40 / 20 / 10 / 30 | 1.50 | 4.00 | 1.00 |" in text
     assert (tmp_path / "ttft.png").stat().st_size > 10_000
 
 

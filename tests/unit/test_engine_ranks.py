@@ -40,6 +40,8 @@ def test_ranks_that_stumble_apart_decide_alike(tmp_path: Path) -> None:
         assert child.returncode == 0, errors[-4000:]
     first, second = (json.loads(out.strip().splitlines()[-1]) for out, _ in ends)
     assert first == second
-    # What is exercised depends on real threads; all of it at once is not to be had on demand.
-    exercised = [*first["moved"].values(), first["joined"], first["gate"]["nvme"]["recompute"]]
-    assert sum(exercised) > 0
+    # Which request joins a read depends on real threads; that pages moved, and speeds closed a
+    # level, does not.
+    assert min(first["moved"].values()) > 0, first
+    assert first["gate"]["nvme"]["recompute"] > 0, first
+    assert first["statuses"]["accepted"] > 100, first

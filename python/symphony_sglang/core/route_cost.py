@@ -8,7 +8,9 @@ median of those that have.
 The cheapest way: the head of the prompt up to some point is loaded from where it is, the rest is
 computed. Every level's end is such a point, so is what a promotion has under way, what requests
 just routed there leave behind, and what a peer could send. Loads are summed with the computing that
-follows, though workers overlap the two layer by layer: a bound, equal for all.
+follows, though workers overlap the two layer by layer: a bound, equal for all. A second of loading,
+or of waiting for it, counts as `1 / load_margin` of one: it leaves the device to others, which
+computing does not.
 """
 
 from __future__ import annotations
@@ -238,14 +240,15 @@ class CostModel:
             load = worker.host.seconds(end - on_device)
             if slow:
                 load += worker.nvme.seconds(slow)
+            load /= margin
             computed = (total - end) * per_token
-            if load / margin + computed < bring + compute:
+            if load + computed < bring + compute:
                 bring, compute = load, computed
                 host, nvme = end - slow - on_device, slow
         for place in request.advised:
             if place.worker_id == worker.view.worker_id:
                 end = min(place.tokens, last)
-                wait = max(0.0, place.ready_seconds - now_seconds)
+                wait = max(0.0, place.ready_seconds - now_seconds) / margin
                 computed = (total - end) * per_token
                 if end > on_device and wait + computed < bring + compute:
                     bring, compute = wait, computed
@@ -281,6 +284,7 @@ class CostModel:
         load = worker.host.seconds(end - on_device)
         if to_nvme > to_host:
             load += worker.nvme.seconds(to_nvme - to_host)
+        load /= self.settings.load_margin
         compute = (total - end) / worker.prefill.tokens_per_second
         saved = own[0] + own[2] - copy - load - compute
         if saved <= 0:

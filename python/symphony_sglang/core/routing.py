@@ -214,6 +214,7 @@ class SymphonyPolicy:
             chosen.match,
             weighed,
             cost=chosen.cost,
+            bring_seconds=chosen.cost.bring * self.settings.load_margin,
             owner_id=owner_id,
             alternatives=tuple(e.alternative() for e in others[: self.settings.alternatives_max]),
         )
@@ -436,6 +437,7 @@ def describe_choice(
     decided: Decision | Weighed,
     *,
     cost: CostParts = NO_COST,
+    bring_seconds: float = 0.0,
     owner_id: str | None = None,
     alternatives: tuple[Alternative, ...] = (),
 ) -> AdvisoryChoice:
@@ -453,6 +455,7 @@ def describe_choice(
         worker_id=view.worker_id,
         reason=decided.reason,
         cost=cost,
+        bring_seconds=bring_seconds,
         match=match,
         best_level=fastest_level(best),
         source_worker_id=source_id,

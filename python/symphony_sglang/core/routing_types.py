@@ -202,7 +202,8 @@ class Reason(StrEnum):
 class CostParts(NamedTuple):
     """What a request would cost on one worker, in seconds of that worker, part by part.
 
-    `queue`: the work before it; `bring`: loading from host and NVMe; `pull`: from a peer;
+    `queue`: the work before it; `bring`: loading from host and NVMe, in seconds that count less
+    (`PolicySettings.load_margin`); `pull`: from a peer;
     `recompute`: prefill of what is nowhere; `contend`: what decoding beside the running batch adds;
     `displace`: what others lose that must be evicted for it.
     """
@@ -282,15 +283,17 @@ class Decision:
 class AdvisoryChoice:
     """Which worker should serve a session's next turn.
 
-    `source_worker_id` is where its KV is now, if that is another worker: the KV would have to be
-    moved (`tokens` of it) or the turn would recompute it. `best_level` is the fastest level of the
-    source or of the chosen worker that holds any of it, None where nobody does.
+    `bring_seconds` is how long loading what the worker has itself takes. `source_worker_id` is
+    where its KV is now, if that is another worker: the KV would have to be moved (`tokens` of it)
+    or the turn would recompute it. `best_level` is the fastest level of the source or of the chosen
+    worker that holds any of it, None where nobody does.
     """
 
     worker_id: str
     reason: Reason
     cost: CostParts
     match: PrefixMatch
+    bring_seconds: float = 0.0
     best_level: Level | None = None
     source_worker_id: str | None = None
     tokens: int = 0
@@ -317,8 +320,8 @@ class PolicySettings:
         tie_seconds: Costs that differ by less are a tie,
         tie_share: as are those that differ by less than this share of the cheapest.
         expected_discount: What an expected page is worth of one that is there.
-        load_margin: How many times slower than recomputing a load may look and still be used; the
-            same as the workers' own gate.
+        load_margin: How many times slower than recomputing a load may look and still be used, and
+            what its seconds are divided by beside those of computing; as in the workers' gate.
         stay_share: A session stays where it is, if that is no dearer than the cheapest by more
             than this share of it
         stay_seconds: plus this: moving for less would not pay, and back and forth never does,

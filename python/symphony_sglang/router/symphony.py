@@ -300,7 +300,7 @@ class SymphonyDesk:
         total = counted.get("total", 0) if isinstance(counted, dict) else 0
         wait = 0.0
         if receipt.get("state") not in READY_STATES and errand.choice is not None:
-            wait = errand.choice.cost.bring + errand.choice.cost.pull
+            wait = errand.choice.bring_seconds + errand.choice.cost.pull
         place = AdvisedPlace(errand.domain_id, int(total or 0), now + wait)
         self.memory.promise(errand.key, place, expires)
 

@@ -297,7 +297,7 @@ class Cluster:
                 self._move_at_once(self.workers[source_id], target, session, tokens)
                 return
             target = self.workers[source_id]
-        ready = self.loop.now_seconds + choice.cost.bring
+        ready = self.loop.now_seconds + choice.bring_seconds
         self.placement.promised(session, target.name, tokens, ready)
         self._promote(target, session, tokens)
 

@@ -66,8 +66,8 @@ def holds_probe(local: LocalAddress, probe: bytes) -> bool:
 
 def _vectors(pieces: Sequence[Piece]) -> ctypes.Array[_Vector]:
     # By way of an array: one Python object a field takes as long as the copy of a small page.
-    raw = np.array(pieces, dtype=np.uint64)
-    return (_Vector * len(pieces)).from_buffer(raw)
+    raw = np.array(pieces, dtype=np.uint64).tobytes()
+    return (_Vector * len(pieces)).from_buffer_copy(raw)
 
 
 def copy_from(process: int, remote: Sequence[Piece], targets: Sequence[memoryview]) -> bool:

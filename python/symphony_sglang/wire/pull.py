@@ -234,11 +234,13 @@ class Pull:
         while self._front < len(states) and states[self._front] in HERE:
             self._front += 1
         start, under_way = self._front, set[int]()
-        for asked in (*self._commits, *self._windows):
-            if asked.positions[0] == start:
-                start = asked.positions[-1] + 1
+        asked = [commit.positions for commit in self._commits]
+        asked += [window.positions for window in self._windows]
+        for some in asked:
+            if some[0] == start:
+                start = some[-1] + 1
             else:
-                under_way.update(asked.positions)
+                under_way.update(some)
         for at in range(start, len(states)):
             state = states[at]
             if state is PageState.WANTED and at not in under_way:

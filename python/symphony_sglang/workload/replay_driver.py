@@ -153,8 +153,12 @@ class ReplayDriver:
     async def _seat(
         self, queue: asyncio.Queue[SessionPlan | None]
     ) -> asyncio.Queue[SessionPlan | None]:
-        """Send the first turn of every session; gives the sessions that were answered."""
+        """Send the first turn of every session; gives the sessions that were answered.
+
+        Only a turn that failed is recorded.
+        """
         seated: asyncio.Queue[SessionPlan | None] = asyncio.Queue()
+        self._start = self.clock.monotonic()
         while (plan := await queue.get()) is not None:
             filler = self._filler(plan)
             body = await self._body(filler, plan.turns[0])
@@ -162,11 +166,12 @@ class ReplayDriver:
                 self.counts.sessions_cut += 1
                 self.counts.requests_cut += unsent(plan, 0)
                 continue
-            result = await self.client.generate(body, stream=self.rules.stream)
-            if result.error is None:
+            record = await self._ask(plan.session, plan.turns[0], body, self._now(), None)
+            if record.error is None:
                 seated.put_nowait(plan)
             else:
-                self.counts.requests_unsent += unsent(plan, 0)
+                self.counts.requests_unsent += unsent(plan, 0) - 1
+                self.on_record(record)
         seated.put_nowait(None)
         return seated
 
@@ -320,10 +325,26 @@ class ReplayDriver:
         due: float,
         lead_seconds: float | None,
     ) -> RequestRecord:
+        record = await self._ask(session, planned, body, due, lead_seconds)
+        self.on_record(record)
+        # Not refused but broken off: the connection failed, so the next requests may fail alike.
+        broken = record.error is not None and record.status in (0, 200)
+        if broken and not await self.client.healthy():
+            raise ServerUnavailableError(f"{self.client.url} stopped answering: {record.error}")
+        return record
+
+    async def _ask(
+        self,
+        session: Session,
+        planned: PlannedTurn,
+        body: bytes,
+        due: float,
+        lead_seconds: float | None,
+    ) -> RequestRecord:
         async with self._in_flight:
             sent = self._now()
             result = await self.client.generate(body, stream=self.rules.stream)
-        record = RequestRecord(
+        return RequestRecord(
             session_id=session.session_id,
             turn=planned.index,
             due_seconds=due,
@@ -341,12 +362,6 @@ class ReplayDriver:
             error=result.error,
             lead_seconds=lead_seconds,
         )
-        self.on_record(record)
-        # Not refused but broken off: the connection failed, so the next requests may fail alike.
-        broken = result.error is not None and result.status in (0, 200)
-        if broken and not await self.client.healthy():
-            raise ServerUnavailableError(f"{self.client.url} stopped answering: {result.error}")
-        return record
 
     def _now(self) -> float:
         return self.clock.monotonic() - self._start
