@@ -1,8 +1,9 @@
 """The processes behind a scenario's arms: workers and, for more than one, a router before them.
 
 Workers are started when an arm first needs them and stay up for the next that does. Arms that
-differ in their router only share them. One router runs at a time: two of ours would both move
-sessions.
+differ in their router only share them. Each has its part of the cores, as on a machine of its own:
+else one that gets all the work would be as fast as two. One router runs at a time: two of ours would
+both move sessions.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from types import TracebackType
 
 from benchmark.advise import ask
 from benchmark.scenario import Arm, Scenario
-from benchmark.servers import Levels, server
+from benchmark.servers import Levels, cores_of, server
 from symphony_sglang.clock import SystemClock
 from symphony_sglang.workload.worker_process import HOST, WorkerProcess, free_port
 
@@ -105,14 +106,15 @@ class Fleet:
             levels = Levels(sizes.device_tokens, sizes.host_gb, sizes.nvme_gb)
             workers = []
             self._workers[key] = workers
-            for _ in range(arm.workers):
+            for number in range(arm.workers):
                 self._started += 1
                 folder = self._scratch / f"{arm.server}-{self._started}"
                 own = sizes.symphony_flags if arm.server == "symphony" else ()
                 flags = (*sizes.flags, *own)
                 worker = server(arm.server, self._model, levels, folder, flags=flags)
                 workers.append(worker)
-                worker.start()
+                with cores_of(number, arm.workers):
+                    worker.start()
                 worker.wait_ready()
         self._workers[key] = workers
         return workers

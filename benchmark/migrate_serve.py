@@ -20,13 +20,12 @@ import argparse
 import asyncio
 import contextlib
 import json
-import os
 import random
 import statistics
 import sys
 import tempfile
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmark.environment import describe_environment
-from benchmark.servers import Levels, server
+from benchmark.servers import Levels, cores_of, server
 from symphony_sglang.clock import SystemClock
 from symphony_sglang.workload.conversation import ask, flush
 from symphony_sglang.workload.demo_move import TARGET_HEADER
@@ -200,18 +199,6 @@ async def measure(url: str, options: argparse.Namespace) -> dict[str, Any]:
     return {"transfers": transfers, "windows": windows}
 
 
-@contextlib.contextmanager
-def cores_of(half: int) -> Iterator[None]:
-    """Processes started within have this half of the cores, all of them where there is only one."""
-    before = sorted(os.sched_getaffinity(0))
-    middle = len(before) // 2
-    os.sched_setaffinity(0, (before[:middle], before[middle:])[half] or before)
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, before)
-
-
 @contextlib.asynccontextmanager
 async def running_pair(options: argparse.Namespace, folder: Path) -> AsyncIterator[str]:
     """Two workers and a router; the router's URL."""
@@ -225,11 +212,11 @@ async def running_pair(options: argparse.Namespace, folder: Path) -> AsyncIterat
             directory.mkdir()
             flags = ("--symphony-grace", "0", "--symphony-break-even", "0")
             worker = server("symphony", model, levels, directory, flags=flags)
-            with cores_of(number):
+            with cores_of(number, 2):
                 workers.append(stack.enter_context(worker))
         for worker in workers:
             worker.wait_ready()
-        stack.enter_context(cores_of(1))
+        stack.enter_context(cores_of(1, 2))
         port = free_port()
         command = [
             *(sys.executable, "-m", "symphony_sglang.launch_router", "--prometheus-port", "0"),

@@ -11,7 +11,10 @@ brings KV:
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +32,22 @@ class Levels:
     device_tokens: int
     host_gb: float
     nvme_gb: float = 8.0
+
+
+@contextlib.contextmanager
+def cores_of(part: int, parts: int) -> Iterator[None]:
+    """Processes started within have this part of the cores, as a machine of their own would.
+
+    Where there are fewer cores than parts, they share all.
+    """
+    before = sorted(os.sched_getaffinity(0))
+    size = len(before) // parts
+    end = len(before) if part == parts - 1 else (part + 1) * size
+    os.sched_setaffinity(0, before[part * size : end] if size else before)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def server(

@@ -244,6 +244,21 @@ def test_sessions_are_joined_in_the_middle(tmp_path: Path) -> None:
     ]
 
 
+def test_every_other_session_of_an_uneven_trace_pauses_longer(tmp_path: Path) -> None:
+    def request(think: float) -> dict[str, Any]:
+        head = {"t": 0.0, "type": "s", "model": "m", "in": 64, "out": 1, "hash_ids": [1]}
+        return {**head, "think_time": think}
+
+    lines = [{"id": n, "block_size": 64, "requests": [request(0), request(2)]} for n in "abc"]
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    work = Workload(source="claude-code", sessions=3, session_requests=2, concurrency=1, uneven=3.0)
+    pauses = [
+        session.turns[1].think_seconds for session in sessions_of(work, {"claude-code": trace})
+    ]
+    assert pauses == [2.0, 6.0, 2.0]
+
+
 def test_a_trace_that_was_not_given_is_asked_for_by_name() -> None:
     work = Workload(source="mooncake", sessions=1, session_requests=1, concurrency=1)
     with pytest.raises(ConfigError, match="--trace FAMILY=FILE"):

@@ -12,7 +12,7 @@ from symphony_sglang.errors import (
     PeerRefusedError,
 )
 from symphony_sglang.testing.pages import MemoryPages
-from symphony_sglang.wire.local_copy import LocalReader
+from symphony_sglang.wire.local_copy import SPLIT_BYTES_MIN, LocalReader, halves
 from symphony_sglang.wire.page_client import ClientSettings
 from symphony_sglang.wire.pages import PageOutcome
 from symphony_sglang.wire.pull import Canceller, PageState, PullEnd
@@ -178,6 +178,18 @@ def test_page_evicted_while_it_is_sent_is_not_taken(settings, monkeypatch) -> No
     assert report.end is PullEnd.SHORT
     assert report.pages_here == 5
     assert HASHES[5] not in sink.pages
+
+
+def test_a_copy_is_halved_between_pages_or_not_at_all() -> None:
+    half = SPLIT_BYTES_MIN // 2
+    targets = [memoryview(bytearray(size)) for size in (half, 3 * half // 2, half // 2)]
+    remote = [(1000, half // 2), (2000, half // 2), (3000, 2 * half)]
+    # The last two targets come from one piece, so the cut can only be before them.
+    assert halves(remote[:2], targets[:1]) == ((remote[:2], targets[:1]),)  # too small
+    first, second = halves(remote, targets)
+    assert (first, second) == ((remote[:2], targets[:1]), (remote[2:], targets[1:]))
+    # Cut where no piece ends, it stays whole.
+    assert halves([(1000, 3 * half)], targets) == (([(1000, 3 * half)], targets),)
 
 
 def test_local_way_falls_back_to_the_stream(monkeypatch) -> None:

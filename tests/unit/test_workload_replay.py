@@ -241,6 +241,19 @@ def test_seated_sessions_have_had_their_first_turn(tmp_path: Path) -> None:
     assert all(record["cached"]["device"] for record in records)
 
 
+def test_a_session_that_is_not_seated_is_told(tmp_path: Path) -> None:
+    lines = [claude_code("a", [64, 128]), claude_code("b", [64, 128, 192])]
+    trace = write_trace(tmp_path / "t", lines)
+    with StandIn(fail_from=2) as server:
+        code, text, records = run_replay(server, trace, tmp_path, "--seated")
+    assert code == 1
+    # The second session's first turn failed, so nothing of it was sent; then the first one's did.
+    failed = [(record["session_id"], record["turn"]) for record in records if "error" in record]
+    assert failed == [("b", 0), ("a", 1)]
+    assert len(records) == 2
+    assert "2 not sent after a failure" in text
+
+
 def test_hints_are_left_out_and_false_as_asked(tmp_path: Path) -> None:
     lines = [claude_code(str(i), [64] * 11, out=1) for i in range(10)]
     trace = write_trace(tmp_path / "t", lines)

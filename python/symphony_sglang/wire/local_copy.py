@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-from bisect import bisect_left
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
@@ -127,17 +126,17 @@ def _calls(
 def halves(
     remote: Sequence[Piece], targets: Sequence[memoryview]
 ) -> tuple[tuple[Sequence[Piece], Sequence[memoryview]], ...]:
-    """A copy as two of about as many bytes, cut between two targets; as one where it is small, or
-    no piece ends there."""
+    """A copy as two of about as many bytes, cut where a target and a piece end together; as one
+    where it is small, or there is no such place."""
     sizes = list(accumulate(map(len, targets), initial=0))
-    if sizes[-1] < SPLIT_BYTES_MIN:
-        return ((remote, targets),)
-    at = bisect_left(sizes, sizes[-1] // 2)
     ends = list(accumulate((size for _, size in remote), initial=0))
-    cut = bisect_left(ends, sizes[at])
-    if at == len(targets) or cut == len(ends) or ends[cut] != sizes[at]:
+    total = sizes[-1]
+    cuts = set(sizes[1:-1]).intersection(ends)
+    if total < SPLIT_BYTES_MIN or not cuts:
         return ((remote, targets),)
-    return (remote[:cut], targets[:at]), (remote[cut:], targets[at:])
+    cut = min(cuts, key=lambda end: abs(2 * end - total))
+    here, there = sizes.index(cut), ends.index(cut)
+    return (remote[:there], targets[:here]), (remote[there:], targets[here:])
 
 
 class LocalReader:
