@@ -2,8 +2,8 @@
 
 Workers are started when an arm first needs them and stay up for the next that does. Arms that
 differ in their router only share them. Each has its part of the cores, as on a machine of its own:
-else one that gets all the work would be as fast as two. One router runs at a time: two of ours would
-both move sessions.
+else one that gets all the work would be as fast as two. One router runs at a time: two of ours
+would both move sessions.
 """
 
 from __future__ import annotations

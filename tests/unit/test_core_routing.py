@@ -270,6 +270,15 @@ def test_a_full_worker_is_waited_for_or_avoided() -> None:
     assert decision.worker_id == "w0" or decision.cost.queue == 0
 
 
+def test_where_nothing_runs_there_is_nothing_to_wait_for() -> None:
+    """Memory that is in use without running work gives way when a request comes."""
+    world, hashes = World(workers=2), chain(100)
+    world.index.stored("w0", Level.DEVICE, hashes.tolist())
+    world.workers[0] = worker("w0", device_used_tokens=10_000, device_total_tokens=10_000)
+    decision = world.choose(request(hashes))
+    assert (decision.worker_id, decision.cost.queue) == ("w0", 0.0)
+
+
 def test_a_session_stays_though_its_worker_measured_a_slower_prefill() -> None:
     """Two workers alike but for noise in what they measured of the same prefill."""
     index = LocationIndex()

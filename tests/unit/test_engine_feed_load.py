@@ -31,7 +31,10 @@ def world() -> tuple[Any, Any]:
     cache = SimpleNamespace(
         token_to_kv_pool_allocator=SimpleNamespace(size=1000, available_size=lambda: 300),
         full_evictable_size=lambda: 200,
-        advisories=SimpleNamespace(rates=rates),
+        advisories=SimpleNamespace(
+            rates=rates,
+            promoter=SimpleNamespace(device=SimpleNamespace(resident_tokens=0)),
+        ),
         peer=None,
     )
     return scheduler, cache
@@ -48,6 +51,16 @@ def test_a_load_says_what_runs_what_waits_and_how_fast_it_is() -> None:
     assert load.requests_max == 9
     assert load.speeds.prefill.tokens_per_second == 3000.0
     assert load.speeds.host_to_device is None
+
+
+def test_what_hints_protect_is_room_for_running_work() -> None:
+    scheduler, cache = world()
+    cache.advisories.promoter.device.resident_tokens = 400
+    load = feed_load.LoadGauge(scheduler, cache).read(0.0)
+    assert (load.device_used_tokens, load.device_total_tokens) == (100, 1000)
+    # A request that runs on what is still protected is counted on both sides.
+    cache.advisories.promoter.device.resident_tokens = 600
+    assert feed_load.LoadGauge(scheduler, cache).read(0.0).device_used_tokens == 0
 
 
 def test_changes_of_requests_are_told_at_once_and_all_else_at_a_pace() -> None:

@@ -132,8 +132,8 @@ class LoadView:
         tokens_waiting_uncached: Prompt tokens still to be computed before a new request gets its
             turn: queued ones, those on their way, and what is left of a chunked prefill.
         tokens_running: Context tokens of the running batch.
-        device_used_tokens: Tokens of the device pool that running work holds. Evictable cache
-            does not count.
+        device_used_tokens: Tokens of the device pool that running work holds. Evictable cache, and
+            what hints protect, do not count.
         device_total_tokens: Size of the device pool; 0: not known.
         requests_max: How many requests may run at a time; 0: not known.
         decode_step_seconds: Time of one decode step now; 0: not known.

@@ -187,7 +187,9 @@ class WorkerCosts:
             # A place in the batch comes free every (answer length / batch size) steps.
             queue += (requests + 1 - load.requests_max) * output * step / load.requests_max
         self.queue_seconds[position] = queue
-        self.drain_seconds[position] = output * step / max(load.tokens_running, 1)
+        running = load.tokens_running
+        # Where nothing runs, nothing has to end before there is room.
+        self.drain_seconds[position] = output * step / running if running else 0.0
         seconds = speeds.pulled_seconds if view.pulls_pages else speeds.computed_seconds
         if seconds != self.token_seconds[position]:
             self.token_seconds[position] = seconds

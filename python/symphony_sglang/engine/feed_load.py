@@ -57,6 +57,9 @@ class LoadGauge:
         allocator = cache.token_to_kv_pool_allocator
         total = int(allocator.size)
         free = int(allocator.available_size()) + int(cache.full_evictable_size())
+        if cache.advisories is not None:
+            # What hints protect gives way to running work: it must not send their own turns away.
+            free += cache.advisories.promoter.device.resident_tokens
         return WorkerLoad(
             requests_running=running,
             requests_waiting=waiting,
