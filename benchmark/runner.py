@@ -203,7 +203,7 @@ async def drive(
 
 def rules_of(scenario: Scenario, arm: Arm, repetition: int) -> ReplayRules:
     """Tokens differ from run to run, so that no arm profits from what another left on disk; the
-    structure, the lengths and the think times are the same."""
+    structure, the lengths, the think times and, within a repetition, the arrivals are the same."""
     work = scenario.workload
     number = [item.name for item in scenario.arm].index(arm.name)
     advice = arm.advice
@@ -220,6 +220,7 @@ def rules_of(scenario: Scenario, arm: Arm, repetition: int) -> ReplayRules:
         think_seconds=work.think_seconds,
         think_seconds_max=work.think_seconds_max,
         session_rate=work.session_rate,
+        arrival_seed=work.seed * 1000 + repetition,
         concurrency=work.concurrency,
         session_requests_max=work.session_requests,
         seated=work.seated,

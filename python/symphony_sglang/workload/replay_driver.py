@@ -58,6 +58,8 @@ class ReplayRules:
     # First turns are sent one after another before the time begins, and not recorded: a service
     # whose sessions are long sees few of them.
     seated: bool = False
+    # Of drawn arrivals; None takes `seed`. Replays that are compared share it.
+    arrival_seed: int | None = None
 
 
 class RequestRecord(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -197,7 +199,8 @@ class ReplayDriver:
         )
         self._start = self.clock.monotonic()
         first_arrival = plan.session.arrival_seconds or 0.0
-        arrivals = random.Random(self.rules.seed)
+        drawn = self.rules.seed if self.rules.arrival_seed is None else self.rules.arrival_seed
+        arrivals = random.Random(drawn)
         due = 0.0
         while plan is not None:
             if rate is not None:
