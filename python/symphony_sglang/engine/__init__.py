@@ -11,6 +11,7 @@ control        answers those messages inside each scheduler
 advisories     one rank's advisories: messages in, moves and locks out
 mover          reads from storage and loads to the device that advisories have in flight
 joins          requests that wait for an advisory's read instead of reading again
+queue_holds    prefixes of queued requests, protected until they run
 locks          tree locks behind what is protected
 demotion       takes a session's KV off the device
 rates          measured speeds, and whether a level is worth using

@@ -32,6 +32,7 @@ from symphony_sglang.engine.locks import LockTable
 from symphony_sglang.engine.messages import AdvisoryAction, AdvisoryBatch
 from symphony_sglang.engine.mover import Mover
 from symphony_sglang.engine.pressure import admission_shortfall
+from symphony_sglang.engine.queue_holds import QueueHolds, prompt_of, queued_behind_others
 from symphony_sglang.engine.rates import RateBook
 from symphony_sglang.engine.session_keeper import SessionKeeper
 from symphony_sglang.engine.storage_view import stored_tokens
@@ -39,8 +40,6 @@ from symphony_sglang.engine.storage_view import stored_tokens
 if TYPE_CHECKING:
     from symphony_sglang.engine.cache import SymphonyCache
 
-# A queued request's matched prefix is protected this long at most.
-QUEUE_HOLD_SECONDS = 60.0
 # Requests remembered as seen; beyond it the oldest is forgotten, and would count as a new arrival.
 SEEN_MAX = 65_536
 
@@ -72,14 +71,16 @@ class AdvisoryDriver:
         # The last step neither started nor ended anything, and no hint came since.
         self.settled = False
         self._seen: dict[str, None] = {}
-        self._holding: dict[str, None] = {}
+        self.queue_holds = QueueHolds(promoter)
         host = cache.cache_controller.mem_pool_host
         self._token_bytes = int(getattr(host, "anchor_entry", host).host_pool.size_per_token)
 
     @property
     def active(self) -> bool:
         """Whether time matters: something may expire, wait or be on its way."""
-        return bool(len(self.promoter.book) or self._holding or len(self.locks) or self.mover.busy)
+        return bool(
+            len(self.promoter.book) or len(self.queue_holds) or len(self.locks) or self.mover.busy
+        )
 
     @property
     def requests_known(self) -> bool:
@@ -264,23 +265,14 @@ class AdvisoryDriver:
     def _request_arrived(
         self, request: Any, match: Any, device_tokens: int, host_tokens: int
     ) -> None:
-        namespace = Namespace(request.extra_key, request.cache_salt)
-        prefix = Prefix(namespace, pack_tokens(request.origin_input_ids))
+        prefix = prompt_of(request)
         if device_tokens or host_tokens:
             self.hot_prefixes.found(prefix, device_tokens + host_tokens)
-            self.promoter.hold_request(
-                request.rid,
-                prefix,
-                device_tokens,
-                host_tokens,
-                self.now_seconds + QUEUE_HOLD_SECONDS,
-                self.now_seconds,
-            )
-            self._holding[request.rid] = None
+        self.queue_holds.hold(request.rid, prefix, device_tokens, host_tokens, self.now_seconds)
         if len(self.promoter.book):
             self.promoter.arrived(
                 request.session_id,
-                namespace,
+                prefix.namespace,
                 prefix.token_bytes,
                 device_tokens,
                 host_tokens,
@@ -288,6 +280,18 @@ class AdvisoryDriver:
             )
         self.harm.asked(prefix, match)
         self._apply_locks()
+
+    def request_read(self, handle: Any) -> None:
+        """A queued request's storage read has ended: what it brought is its prefix too."""
+        request = queued_behind_others(self.scheduler.waiting_queue, handle)
+        if request is None:
+            return
+        with self.cost.measure(Work.REQUEST):
+            prefix = prompt_of(request)
+            found = self.mover.find(prefix, self._whole_pages(prefix.tokens))
+            device, host = found.device_tokens, found.host_tokens
+            self.queue_holds.hold(request.rid, prefix, device, host, self.now_seconds)
+            self._apply_locks()
 
     def request_gone(self, handle: Any) -> None:
         """A request was aborted before it ended."""
@@ -364,14 +368,9 @@ class AdvisoryDriver:
         self._apply_locks()
 
     def _release_admitted(self) -> None:
-        """Requests that left the queue run under their own locks, or are gone."""
-        if not self._holding:
-            return
-        waiting = {request.rid for request in self.scheduler.waiting_queue}
-        for rid in [rid for rid in self._holding if rid not in waiting]:
-            del self._holding[rid]
-            self.promoter.release_request(rid, self.now_seconds)
-        self._apply_locks()
+        if len(self.queue_holds):
+            self.queue_holds.release_admitted(self.scheduler.waiting_queue, self.now_seconds)
+            self._apply_locks()
 
     def _yield_to_admission(self) -> None:
         """Protected pages count as used at admission: let go of what the queue's head lacks."""
@@ -462,7 +461,7 @@ class AdvisoryDriver:
         self.promoter.flushed(self.now_seconds)
         self.mover.reset()
         self.locks.reset()
-        self._holding.clear()
+        self.queue_holds.clear()
 
     def make_way_for_flush(self) -> None:
         """The cache is about to be emptied, if it is idle: nothing of ours may stand in the way."""

@@ -259,6 +259,12 @@ class SymphonyCache(UnifiedRadixCache):
             return False
         return bool(super().check_prefetch_progress(request))
 
+    def _handle_prefetch_result(self, operation: Any) -> None:
+        """SGLang's end of a read, on all ranks in the same step."""
+        super()._handle_prefetch_result(operation)
+        if self.advisories is not None:
+            self.advisories.request_read(operation.handle)
+
     def release_aborted_request(self, request: CacheRequestHandle) -> None:
         if self.advisories is not None:
             self.advisories.request_gone(request)

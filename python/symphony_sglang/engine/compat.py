@@ -70,6 +70,7 @@ def check_seams() -> None:
     require_attributes(
         UnifiedRadixCache,
         "_finish_storage_prefetch",
+        "_handle_prefetch_result",
         "_evict_device_leaf",
         "_log_write_ack_metrics",
         "_resolve_storage_prefetch_tokens",
