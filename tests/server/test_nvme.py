@@ -112,6 +112,7 @@ def test_nvme_level_over_two_ranks(model: Path, tmp_path: Path) -> None:
         server.worker.stop()
 
 
+@pytest.mark.soak  # four starts of two ranks; test_nvme_level_over_two_ranks is in the short set
 def test_a_prefix_counts_only_where_every_rank_has_it(model: Path, tmp_path: Path) -> None:
     pages = tmp_path / "pages"
     flags = ("--tp", "2", "--symphony-nvme-dir", str(pages), "--symphony-nvme-gb", "0.5")

@@ -150,6 +150,7 @@ class Pull:
         self._deadline = deadline
         self._tries = [0] * len(self._hashes)
         self._front = 0  # no page before it is wanted any more
+        self._gap = len(self._hashes)  # the first page that will not come
         self._windows: deque[_Window] = deque()
         self._commits: deque[_Commit] = deque()
         self._committer = ThreadPoolExecutor(1, "symphony-pull-commit")
@@ -241,15 +242,18 @@ class Pull:
                 start = some[-1] + 1
             else:
                 under_way.update(some)
-        for at in range(start, len(states)):
-            state = states[at]
-            if state is PageState.WANTED and at not in under_way:
+        end = self._gap if self._settings.stop_at_gap else len(states)
+        for at in range(start, end):
+            if states[at] is PageState.WANTED and at not in under_way:
                 positions.append(at)
                 if len(positions) == self._window_pages:
                     break
-            elif self._settings.stop_at_gap and state not in (PageState.WANTED, *HERE):
-                break
         return positions
+
+    def _settle_page(self, at: int, state: PageState) -> None:
+        """It will not come."""
+        self.report.states[at] = state
+        self._gap = min(self._gap, at)
 
     # One connection -----------------------------------------------------------------------------
 
@@ -332,12 +336,12 @@ class Pull:
 
     def _note_failure(self, at: int, outcome: PageOutcome) -> None:
         if outcome is PageOutcome.MISSING:
-            self.report.states[at] = PageState.MISSING
+            self._settle_page(at, PageState.MISSING)
             return
         self.report.pages_damaged += 1
         self._tries[at] += 1
         if self._tries[at] >= self._settings.page_tries_max:
-            self.report.states[at] = PageState.DAMAGED
+            self._settle_page(at, PageState.DAMAGED)
 
     def _take_commit(self) -> None:
         commit = self._commits.popleft()
@@ -346,4 +350,4 @@ class Pull:
             if done:
                 self.report.states[at] = PageState.STORED
             elif length is not None:
-                self.report.states[at] = PageState.REFUSED
+                self._settle_page(at, PageState.REFUSED)
