@@ -7,6 +7,7 @@ over two tensor-parallel ranks. Tests must leave both idle, and may not assume a
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import time
@@ -192,3 +193,13 @@ def keyed_worker(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     server = start_server(model, log, "--api-key", API_KEY, "--symphony-host-gb", "0.1")
     yield server
     server.worker.stop()
+
+
+def flush_when_idle(backend: Any) -> None:
+    """A write-through under way refuses it, and so does a hint that has come in between."""
+    for _ in range(300):
+        with contextlib.suppress(RuntimeError):
+            backend.flush_cache()
+            return
+        time.sleep(0.1)
+    backend.flush_cache()

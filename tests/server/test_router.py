@@ -5,7 +5,6 @@ The last test kills a worker, so it stays the last.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import random
@@ -23,7 +22,7 @@ from typing import Any
 import pytest
 from test_frontend import check_hints
 
-from conftest import Answer, Server
+from conftest import Answer, Server, flush_when_idle
 from symphony_sglang.lang import SymphonyEndpoint
 from symphony_sglang.workload.worker_process import WorkerProcess, free_port
 
@@ -276,16 +275,6 @@ def test_openai_client_streams_calls_tools_and_meets_errors(fleet: Fleet) -> Non
         client.chat.completions.create(model=model, messages=[], max_tokens=8)
     with pytest.raises(openai.NotFoundError):
         client.post("/../nothing", cast_to=object)
-
-
-def flush_when_idle(backend: Any) -> None:
-    """A write-through under way refuses it, and so does a hint that has come in between."""
-    for _ in range(300):
-        with contextlib.suppress(RuntimeError):
-            backend.flush_cache()
-            return
-        time.sleep(0.1)
-    backend.flush_cache()
 
 
 def test_frontend_programs_run_through_it(fleet: Fleet) -> None:
