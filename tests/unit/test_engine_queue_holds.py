@@ -18,6 +18,25 @@ def read_for(world: CacheWorld, request: Any) -> None:
     raise AssertionError("still reading")
 
 
+def test_what_hints_protect_on_the_host_gives_way_to_a_requests_read(tmp_path: Path) -> None:
+    world = CacheWorld(tmp_path / "pages", device_tokens=1024, host_tokens=1024)
+    hinted, wanted = prompt(7, 480), prompt(8, 640)
+    world.store(hinted, "s")
+    world.store(wanted)
+    world.leave_host()
+    receipt = world.advise(session_id="s", target="host")
+    world.until(receipt["advisory_id"], "ready")
+    assert world.driver.promoter.host.resident_tokens == 480
+    request = world.arrive([*wanted, 5])
+    read_for(world, request)
+    # Both do not fit: without giving way the request would have found 544 of its tokens.
+    assert world.found(wanted) == (0, 640)
+    assert world.driver.promoter.host.resident_tokens < 480
+    world.scheduler.waiting_queue.clear()
+    world.settle()
+    world.close()
+
+
 def test_what_a_queued_request_has_read_stays_until_it_runs(tmp_path: Path) -> None:
     """Reads of those behind it must not push it out: it would be computed after all."""
     world = CacheWorld(tmp_path / "pages", device_tokens=2048, host_tokens=4096)

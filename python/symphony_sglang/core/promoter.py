@@ -377,14 +377,18 @@ class Promoter:
 
     # Memory ------------------------------------------------------------------------------------
 
-    def give_way(self, level: Level, tokens_needed: int, now_seconds: float) -> int:
+    def give_way(
+        self, level: Level, tokens_needed: int, now_seconds: float, *, keep_queued: bool = False
+    ) -> int:
         """Running work needs memory: drop protections in give-way order.
 
+        With `keep_queued`, advisories' alone: a queued request's read takes nothing from another's.
         Returns how many tokens are not protected any more; at least `tokens_needed`, or all.
         """
         ledger = self._ledger(level)
         before = ledger.resident_tokens
-        self._drop(ledger, ledger.give_way(tokens_needed), now_seconds)
+        below = (HolderKind.REQUEST, 0) if keep_queued else None
+        self._drop(ledger, ledger.give_way(tokens_needed, below), now_seconds)
         self._settle_ends(now_seconds)
         return before - ledger.resident_tokens
 

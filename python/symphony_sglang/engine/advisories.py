@@ -78,9 +78,8 @@ class AdvisoryDriver:
     @property
     def active(self) -> bool:
         """Whether time matters: something may expire, wait or be on its way."""
-        return bool(
-            len(self.promoter.book) or len(self.queue_holds) or len(self.locks) or self.mover.busy
-        )
+        held = (len(self.promoter.book), len(self.queue_holds), len(self.locks))
+        return self.mover.busy or any(held)
 
     @property
     def requests_known(self) -> bool:
@@ -383,6 +382,11 @@ class AdvisoryDriver:
     def give_way(self, tokens: int) -> None:
         """Running work needs `tokens` more device tokens than are free or evictable."""
         self.promoter.give_way(Level.DEVICE, tokens, self.now_seconds)
+        self._apply_locks()
+
+    def give_way_on_host(self, tokens: int) -> None:
+        """The same for a request's read and the host level; other queued requests keep theirs."""
+        self.promoter.give_way(Level.HOST, tokens, self.now_seconds, keep_queued=True)
         self._apply_locks()
 
     def _demand(self) -> Demand:

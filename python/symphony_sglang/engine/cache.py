@@ -136,6 +136,17 @@ class SymphonyCache(UnifiedRadixCache):
                 self.advisories.give_way(short)
         return super().evict_for_alloc(params, **kwargs)
 
+    def evict_host(
+        self, num_tokens: int, component_type: ComponentType = ComponentType.FULL
+    ) -> int:
+        """What hints protect on the host gives way to the reads of requests, as on the device."""
+        freed = int(super().evict_host(num_tokens, component_type))
+        driver = self.advisories
+        if freed < num_tokens and driver is not None and driver.mover.requests_need_host():
+            driver.give_way_on_host(num_tokens - freed)
+            freed += int(super().evict_host(num_tokens - freed, component_type))
+        return freed
+
     def drop_device_copy(self, node_id: Any) -> None:
         """Evict one free device leaf that has a host copy (``demotion`` makes sure of both)."""
         self._evict_device_leaf(node_id, dict.fromkeys(self.tree_components, 0))

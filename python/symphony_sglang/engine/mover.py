@@ -161,6 +161,13 @@ class Mover:
         ongoing = self._cache.ongoing_prefetch
         return [(handle, stage) for handle, stage in self._stages.items() if handle in ongoing]
 
+    def requests_need_host(self) -> bool:
+        """Whether a request's read has no memory yet: alike on all ranks, as the table is."""
+        return any(
+            entry.host_indices is None and not self.owns(handle)
+            for handle, entry in self._cache.ongoing_prefetch.items()
+        )
+
     def note_shortfall(self, handle: CacheRequestHandle, reason: str | None) -> None:
         """SGLang gave up part of a stage (``_finish_storage_prefetch``); remember why."""
         stage = self._stages.get(handle)
