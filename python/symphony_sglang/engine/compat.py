@@ -78,6 +78,7 @@ def check_seams() -> None:
         "check_prefetch_progress",
         "checkpoint_into_tree",
         "evict_for_alloc",
+        "evict_host",
         "init_load_back",
         "load_back",
         "loading_check",
