@@ -173,7 +173,7 @@ class ReplayDriver:
                 seated.put_nowait(plan)
             else:
                 self.counts.requests_unsent += unsent(plan, 0) - 1
-                self.on_record(record)
+                await self._keep(record)
         seated.put_nowait(None)
         return seated
 
@@ -241,7 +241,8 @@ class ReplayDriver:
                 due = self._due(planned, started, thinking)
                 lead = await self._advise(session_name(self.rules, filler), planned, due)
             await self._until(due)
-            record = await self._request(plan.session, planned, body, due, lead)
+            record = await self._ask(plan.session, planned, body, due, lead)
+            await self._keep(record)
             if record.error is not None:
                 self.counts.requests_unsent += unsent(plan, position) - 1
                 return
@@ -320,21 +321,17 @@ class ReplayDriver:
             fields["input_ids"] = filler.token_ids(planned).tolist()
         return msgspec.json.encode(fields)
 
-    async def _request(
-        self,
-        session: Session,
-        planned: PlannedTurn,
-        body: bytes,
-        due: float,
-        lead_seconds: float | None,
-    ) -> RequestRecord:
-        record = await self._ask(session, planned, body, due, lead_seconds)
+    async def _keep(self, record: RequestRecord) -> None:
+        """Record a request that has ended.
+
+        Raises:
+            ServerUnavailableError: it broke off, and the server does not answer any more.
+        """
         self.on_record(record)
         # Not refused but broken off: the connection failed, so the next requests may fail alike.
         broken = record.error is not None and record.status in (0, 200)
         if broken and not await self.client.healthy():
             raise ServerUnavailableError(f"{self.client.url} stopped answering: {record.error}")
-        return record
 
     async def _ask(
         self,
